@@ -1,0 +1,34 @@
+"""jode: residual networks and neural ODEs as one object, seen at two step sizes."""
+
+from jode.adjoint import Backprop
+from jode.grid import Adaptive, Fixed, Layers, Stats, Status
+from jode.ivp import Solution, SolveError, check, odeint, solve
+from jode.method import RungeKutta, bosh3, dopri5, dopri8, euler, heun, midpoint, ralston, rk4, tsit5
+from jode.tableau import Tableau
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adaptive",
+    "Backprop",
+    "Fixed",
+    "Layers",
+    "RungeKutta",
+    "Solution",
+    "SolveError",
+    "Stats",
+    "Status",
+    "Tableau",
+    "bosh3",
+    "check",
+    "dopri5",
+    "dopri8",
+    "euler",
+    "heun",
+    "midpoint",
+    "odeint",
+    "ralston",
+    "rk4",
+    "solve",
+    "tsit5",
+]

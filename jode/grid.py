@@ -1,0 +1,306 @@
+"""Which times: solvers know their grid beforehand (`Fixed`, `Layers`) or find it while marching (`Adaptive`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jode.batch import Rows
+from jode.method import Field, RungeKutta, tsit5
+from jode.tree import State, increment, magnitude, stack_zeros, where, widest
+
+
+class Status(IntEnum):
+    """Why a trajectory ended. Anything but `success` comes with NaN from the failing time on."""
+
+    success = 0
+    max_steps = 1
+    step_underflow = 2
+    nonfinite_dynamics = 3
+    nonfinite_state = 4
+
+
+class Stats(NamedTuple):
+    """What a solve cost, as int32 arrays, one number a trajectory.
+
+    `nfe` counts evaluations of the vector field; `steps` = `accepted` + `rejected`. `nfe_backward` counts the evaluations
+    that a gradient by the chosen adjoint takes besides (each is differentiated too): zero where it is not known.
+    """
+
+    nfe: Array
+    steps: Array
+    accepted: Array
+    rejected: Array
+    nfe_backward: Array
+
+
+_static: Any = partial(field, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Fixed:
+    """`steps` equal steps of `method` between consecutive save times.
+
+    A Python int makes a pure `lax.scan`; an integer array (or a tracer) makes a loop whose length is data, so that changing
+    it does not recompile. Global error O(h^p); cost `steps` × stages evaluations an interval. `max_steps` bounds a traced
+    count where an adjoint must store every state.
+    """
+
+    method: RungeKutta = _static()
+    steps: Any = 1
+    max_steps: int | None = _static(default=None)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Layers:
+    """One step of `method` for each slice along the leading axis of every array in `args`: a residual network.
+
+    The N layers are divided evenly among the intervals between save times, so t runs over [ts[0], ts[-1]]: with
+    `euler` and ts = (0, N) layer n is x + f(n, x, w_n), with ts = (0, 1) it is x + f(n/N, x, w_n) / N.
+    """
+
+    method: RungeKutta = _static()
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Adaptive:
+    """Steps chosen so that the estimated local error stays below atol + rtol |y| (root mean square over the state).
+
+    A PID controller sets the next step: h ← h · clip(safety · e^-(i+p+d)/q · e₋₁^(p+2d)/q · e₋₂^-d/q), e the scaled error
+    and q the order of the estimate plus one; (p, i, d) = (0, 1, 0) is the classical controller. The first step is
+    Hairer's (Hairer, Norsett & Wanner I, section II.4) unless given. Save times never force a step: states there are
+    interpolated to the method's own quality. At most `max_steps` steps are tried. Tolerances below 4 ulp of the state's
+    dtype are raised to that.
+    """
+
+    method: RungeKutta = _static(default=tsit5)
+    rtol: Any = 1e-6
+    atol: Any = 1e-6
+    max_steps: int = _static(default=4096)
+    first_step: Any = None
+    pcoeff: float = _static(default=0.0)
+    icoeff: float = _static(default=1.0)
+    dcoeff: float = _static(default=0.0)
+    safety: float = _static(default=0.9)
+    factor_min: float = _static(default=0.2)
+    factor_max: float = _static(default=10.0)
+
+
+_RUNNING = -1
+
+
+class Search(NamedTuple):
+    """The carry of the adaptive loop. Numbers are columns; `slot` counts the recorded steps, common to all rows."""
+
+    t: Array
+    h: Array
+    y: State
+    slope: State
+    errors: tuple[Array, ...]
+    status: Array
+    accepted: Array
+    attempts: Array
+    loops: Array
+    saves: Any
+    record: Any
+
+
+class Saves(NamedTuple):
+    """Which save time comes next (a column) and the interpolated states so far, by save time."""
+
+    next: Array
+    dense: Array
+    ys: State
+
+
+class Record(NamedTuple):
+    """The accepted steps: the time each ends at, and the state it starts from where that is asked for."""
+
+    slots: Array
+    times: Array
+    states: Any
+
+
+def search(
+    solver: Adaptive, F: Field, rows: Rows, ts: Array, y0: State, params: Any, tol: Any, record: bool, keep: bool
+) -> Search:
+    """March from ts[0] to ts[-1] with step control, all rows in one loop; finished rows take steps of length zero.
+
+    With `record` the accepted times are kept, with `keep` the states at the start of each accepted step too.
+    """
+    method = solver.method
+    t0, t1 = rows.spread(ts[0]), rows.spread(ts[-1])
+    forward = t1 >= t0
+    eps = jnp.finfo(t0.dtype).eps
+    rtol, atol, first_step = tol
+    interior = ts.shape[0] > 2
+    norm = widest(*(x.dtype for x in y0), default=t0.dtype)
+
+    def scaled(estimate: State, a: State, b: State) -> Array:
+        """Σ (e / (atol + rtol max(|a|, |b|)))² over each row."""
+        total = rows.spread(jnp.zeros((), norm))
+        for e, x, z in zip(estimate, a, b, strict=True):
+            size = jnp.maximum(magnitude(x), magnitude(z))
+            scale = jnp.maximum(atol.astype(size.dtype) + rtol.astype(size.dtype) * size, jnp.finfo(size.dtype).tiny)
+            ratio = magnitude(e) / scale
+            total = total + rows.sum(ratio * ratio).astype(norm)
+        return total
+
+    count = max(1, sum(x.size for x in y0) // (rows.size or 1))
+
+    def error(h: Array, y: State, y1: State, ks: list[State]) -> Array:
+        estimates = [scaled(e, y, y1) for e in method.errors(h, ks)]
+        if len(estimates) == 1:
+            return jnp.sqrt(estimates[0] / count)
+        fifth, third = estimates
+        return fifth / jnp.sqrt(jnp.maximum((fifth + 0.01 * third) * count, jnp.finfo(fifth.dtype).tiny))
+
+    slope = F(t0, y0, params)
+    finite_y, finite_f = _finite(rows, y0), _finite(rows, slope)
+    status = jnp.where(finite_f, _RUNNING, Status.nonfinite_dynamics)
+    status = jnp.where(finite_y, status, Status.nonfinite_state)
+    status = jnp.where((t0 == t1) & finite_y, Status.success, status).astype(jnp.int32)
+    zero = jnp.zeros_like(status)
+    if first_step is None:
+        h = _first_step(method, F, rows, t0, t1, y0, slope, params, scaled, count)
+    else:
+        h = jnp.where(forward, 1, -1).astype(t0.dtype) * jnp.minimum(jnp.abs(rows.spread(first_step)).astype(t0.dtype), jnp.abs(t1 - t0))
+    saves = None
+    if interior:
+        same = ts[1:-1] == ts[0]
+        ys = tuple(
+            jnp.where(same if same.ndim > 1 else same.reshape(-1, *[1] * x.ndim), x[None], jnp.nan).astype(x.dtype) for x in y0
+        )
+        saves = Saves(1 + rows.spread(jnp.sum(same, axis=0)).astype(jnp.int32), zero, ys)
+    kept = Record(jnp.zeros((), jnp.int32), stack_zeros(solver.max_steps, t0), stack_zeros(solver.max_steps, y0) if keep else None)
+    memory = (jnp.ones_like(t0),) * (2 if solver.dcoeff else 1 if solver.pcoeff else 0)
+    carry = Search(t0, h, y0, slope, memory, status, zero, zero, jnp.zeros((), jnp.int32), saves, kept if record else None)
+
+    def running(c: Search) -> Array:
+        return (c.loops < solver.max_steps) & jnp.any(c.status == _RUNNING)
+
+    def attempt(c: Search) -> Search:
+        remaining = t1 - c.t
+        last = jnp.abs(c.h) >= jnp.abs(remaining)
+        stuck = (c.status == _RUNNING) & ~last & ~(jnp.abs(c.h) > 10 * eps * jnp.abs(c.t))
+        status = jnp.where(stuck, Status.step_underflow, c.status)
+        active = status == _RUNNING
+        t_new = jnp.where(last, t1, c.t + c.h)
+        h = jnp.where(active, t_new - c.t, 0)
+        ks = method.slopes(F, c.t, h, c.y, params, [c.slope])
+        y_new = increment(c.y, h, method.tableau.b, ks)
+        end = F(c.t + h, y_new, params)
+        ks = [*ks, end]
+        e = error(h, c.y, y_new, ks)
+        accept = active & (e <= 1) & _finite(rows, y_new) & _finite(rows, end)
+        factor = _factor(solver, e, c.errors).astype(c.h.dtype)
+        t = jnp.where(accept, t_new, c.t)
+        saved = c.saves
+        if interior:
+            saved = _save(method, F, rows, ts, c, h, t, accept, ks, params)
+        kept = c.record
+        if record:
+            states = kept.states
+            if keep:
+                states = jax.tree.map(lambda s, x: s.at[kept.slots].set(x), states, c.y)
+            kept = Record(kept.slots + jnp.any(accept).astype(jnp.int32), kept.times.at[kept.slots].set(t), states)
+        return Search(
+            t,
+            jnp.where(active, h * factor, c.h),
+            where(accept, y_new, c.y),
+            where(accept, end, c.slope),
+            tuple(jnp.where(accept, a, b) for a, b in zip((jnp.maximum(e, 1e-4).astype(c.t.dtype), *c.errors), c.errors, strict=False)),
+            jnp.where(accept & last, Status.success, status).astype(jnp.int32),
+            c.accepted + accept.astype(jnp.int32),
+            c.attempts + active.astype(jnp.int32),
+            c.loops + 1,
+            saved,
+            kept,
+        )
+
+    out = jax.lax.while_loop(running, attempt, carry)
+    return out._replace(status=jnp.where(out.status == _RUNNING, Status.max_steps, out.status).astype(jnp.int32))
+
+
+def _finite(rows: Rows, y: State) -> Array:
+    """Whether every component of each row is finite, as a column."""
+    total = rows.all(jnp.isfinite(y[0])) if y else rows.spread(jnp.array(True))
+    for x in y[1:]:
+        total = total & rows.all(jnp.isfinite(x))
+    return total
+
+
+def _factor(solver: Adaptive, e: Array, memory: tuple[Array, ...]) -> Array:
+    """What the next step is multiplied by; a trial that left the domain (NaN) shrinks as far as allowed."""
+    order = 1 + (solver.method.tableau.embedded_order or 0)
+    p, i, d = solver.pcoeff / order, solver.icoeff / order, solver.dcoeff / order
+    factor = -(i + p + d) * jnp.log(jnp.maximum(e, jnp.finfo(e.dtype).tiny))
+    for power, old in zip((p + 2 * d, -d), memory, strict=False):
+        factor = factor + power * jnp.log(old.astype(e.dtype))
+    factor = solver.safety * jnp.exp(factor)
+    factor = jnp.where(jnp.isnan(e), solver.factor_min, factor)
+    return jnp.clip(factor, solver.factor_min, jnp.where(e <= 1, solver.factor_max, 1.0))
+
+
+def _first_step(
+    method: RungeKutta, F: Field, rows: Rows, t0: Array, t1: Array, y0: State, slope: State, params: Any, scaled: Any, count: int
+) -> Array:
+    """Hairer, Norsett & Wanner I, section II.4: a step whose Euler guess and second derivative look harmless."""
+    span = jnp.abs(t1 - t0)
+    sign = jnp.where(t1 >= t0, 1, -1).astype(t0.dtype)
+    d0, d1 = (jnp.sqrt(scaled(x, y0, y0) / count) for x in (y0, slope))
+    guess = jnp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / jnp.where(d1 == 0, 1, d1))
+    guess = jnp.minimum(guess.astype(t0.dtype), span)
+    ahead = F(t0 + sign * guess, increment(y0, sign * guess, (1.0,), [slope]), params)
+    bend = tuple(a - b for a, b in zip(ahead, slope, strict=True))
+    d2 = jnp.sqrt(scaled(bend, y0, y0) / count) / jnp.where(guess == 0, 1, guess).astype(d1.dtype)
+    worst = jnp.maximum(d1, d2)
+    bold = jnp.where(
+        worst <= 1e-15,
+        jnp.maximum(1e-6, 1e-3 * guess.astype(worst.dtype)),
+        jnp.exp(jnp.log(0.01 / jnp.where(worst <= 1e-15, 1, worst)) / ((method.tableau.embedded_order or 0) + 1)),
+    )
+    bold = jnp.where(jnp.isfinite(bold), bold, guess.astype(bold.dtype)).astype(t0.dtype)
+    return sign * jnp.minimum(jnp.minimum(100 * guess, bold), span)
+
+
+def _save(
+    method: RungeKutta, F: Field, rows: Rows, ts: Array, c: Search, h: Array, t: Array, accept: Array, ks: list[State], params: Any
+) -> Saves:
+    """Interpolate at every interior save time that the accepted steps have passed."""
+    inner = ts.shape[0] - 1
+    sign = jnp.where(rows.spread(ts[-1]) >= rows.spread(ts[0]), 1, -1).astype(ts.dtype)
+
+    def pending(j: Array) -> Array:
+        return accept & (j < inner) & (sign * (rows.pick(ts, jnp.minimum(j, inner)) - t) <= 0)
+
+    due = pending(c.saves.next)
+
+    def one(carry: tuple) -> tuple:
+        j, mask, ys = carry
+        theta = (rows.pick(ts, jnp.minimum(j, inner)) - c.t) / jnp.where(h == 0, 1, h)
+        values = increment(c.y, h, method.dense_weights(theta), slopes)
+        index = jnp.where(mask, j - 1, inner)
+        ys = tuple(rows.write(table, index, v) for table, v in zip(ys, values, strict=True))
+        j = j + mask.astype(jnp.int32)
+        return j, pending(j), ys
+
+    slopes = ks
+    if method.tableau.extra:
+        extra = jax.lax.cond(
+            jnp.any(due),
+            lambda: tuple(method.slopes(F, c.t, h, c.y, params, ks, len(method.tableau.nodes))[len(ks) :]),
+            lambda: (jax.tree.map(jnp.zeros_like, c.slope),) * len(method.tableau.extra),
+        )
+        slopes = [*ks, *extra]
+    j, _, ys = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), one, (c.saves.next, due, c.saves.ys))
+    return Saves(j, c.saves.dense + due.astype(jnp.int32), ys)

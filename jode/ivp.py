@@ -1,0 +1,307 @@
+"""Solve an initial value problem: checks once at the door, closes over once, and hands over to the adjoint."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jode.adjoint import Backprop
+from jode.grid import Adaptive, Fixed, Layers, Stats, Status
+from jode.march import Params, Plan, Problem
+from jode.method import RungeKutta
+from jode.tree import Layout, State, is_inexact, real_dtype, widest, work_dtype
+
+
+class SolveError(RuntimeError):
+    """A solve that did not reach its end, raised by `jode.check`."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Solution:
+    """What `solve` returns, a pytree: `ys` has the structure of y0 with a leading axis for the save times `ts`."""
+
+    ts: Array
+    ys: Any
+    stats: Stats
+    status: Array
+
+
+def solve(
+    f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Any = Adaptive(), adjoint: Any = Backprop()
+) -> Solution:
+    """Solve dy/dt = f(t, y, args), y(ts[0]) = y0, and return y at every save time.
+
+    Args:
+        f: the vector field, pure, for one trajectory: f(t, y, args) has the structure and shapes of y. Like a function given
+            to `jax.jit` it is traced once and must not change afterwards. Arrays it closes over get gradients.
+        y0: the initial state, any pytree of floating or complex arrays; its dtypes are kept.
+        ts: save times, at least two, increasing or decreasing; ts[0] is the initial time. Time has its own dtype; f sees it
+            in the real precision of the state.
+        args: any pytree. Floating and complex arrays get gradients; integers, PRNG keys and other leaves get none.
+        solver: `Fixed`, `Adaptive` or `Layers`; under `Layers` arrays in args lead with depth and f gets one slice a step.
+        adjoint: how gradients are computed, by default exactly (`Backprop`).
+
+    Returns:
+        A `Solution`. A trajectory that failed is NaN from the failing time on and `status` says why; see `jode.check`.
+        Batches are `jax.vmap`'s: each trajectory then has its own steps, counts and status.
+
+    Raises:
+        TypeError, ValueError: for wrong structures, shapes, dtypes, times or pairings, when traced.
+    """
+    _check_callables(f, y0, solver, adjoint)
+    y0 = _state(y0)
+    ts = _times(ts, y0)
+    solver = _numbers(solver, y0)
+    dynamic, static = _partition((f, args, solver))
+    run = _solve_jitted if _hashable(static) and _hashable(adjoint) else _solve
+    return run(y0, ts, dynamic, static, adjoint)
+
+
+def odeint(f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Any = Adaptive(), adjoint: Any = Backprop()) -> Any:
+    """`solve(...).ys`: the states at the save times, without counts or status."""
+    return solve(f, y0, ts, args, solver=solver, adjoint=adjoint).ys
+
+
+_REMEDIES = {
+    Status.max_steps: "it needed more than max_steps steps: raise Adaptive(max_steps=...), loosen rtol and atol, or, if the "
+    "problem is stiff, use an implicit solver",
+    Status.step_underflow: "the step shrank below the resolution of time: the solution may blow up or leave the domain of f "
+    "there; if not, use float64",
+    Status.nonfinite_dynamics: "f returned NaN or infinity at the initial state: check y0, args and the domain of f",
+    Status.nonfinite_state: "the state became NaN or infinite: check y0, take smaller steps, or use Adaptive",
+}
+
+
+def check(sol: Solution) -> Solution:
+    """Return sol if every trajectory succeeded, and raise `SolveError` otherwise. Call it outside `jax.jit`.
+
+    The message names the first failed trajectory, the last save time it reached, its step count and the remedy.
+    """
+    if isinstance(sol.status, jax.core.Tracer):
+        raise TypeError("jode.check needs concrete values: call it outside jax.jit, on the solution that the jitted function returns")
+    status = np.asarray(sol.status)
+    failed = np.argwhere(np.atleast_1d(status != Status.success))
+    if not len(failed):
+        return sol
+    row = tuple(int(i) for i in failed[0]) if status.ndim else ()
+    code = Status(int(status[row]))
+    ts = np.asarray(sol.ts)
+    ts = ts[row] if ts.ndim > 1 else ts
+    finite = np.ones(ts.shape, bool)
+    for leaf in jax.tree.leaves(sol.ys):
+        y = np.asarray(leaf)[row]
+        finite &= np.isfinite(y).reshape(len(ts), -1).all(1)
+    reached = f"last good save time {ts[finite][-1]}" if finite.any() else f"no good state, not even at {ts[0]}"
+    which = f"trajectory {row[0] if len(row) == 1 else row} of {status.size} ({len(failed)} failed)" if row else "the solve"
+    steps = int(np.asarray(sol.stats.steps)[row])
+    raise SolveError(f"{which} ended with {code.name} after {steps} steps, {reached}: {_REMEDIES[code]}")
+
+
+def _check_callables(f: Any, y0: Any, solver: Any, adjoint: Any) -> None:
+    if not callable(f):
+        what = " (y0 comes second: solve(f, y0, ts, args))" if callable(y0) else ""
+        raise TypeError(f"f must be a function f(t, y, args), got {type(f).__name__}{what}")
+    if not isinstance(solver, (Fixed, Adaptive, Layers)):
+        hint = f"; for fixed steps of this method write Fixed({solver!r}, steps)" if isinstance(solver, RungeKutta) else ""
+        raise TypeError(f"solver must be jode.Fixed, jode.Adaptive or jode.Layers, got {solver!r}{hint}")
+    if not isinstance(solver.method, RungeKutta):
+        raise TypeError(f"solver's method must be a jode method such as jode.tsit5, got {solver.method!r}")
+    if not isinstance(adjoint, Backprop):
+        raise TypeError(f"adjoint must be a value such as jode.Backprop(), got {adjoint!r}")
+    if isinstance(solver, Adaptive) and not solver.method.tableau.adaptive:
+        raise ValueError(
+            f"Adaptive needs a method that estimates its error, and {solver.method!r} has no embedded method: "
+            "use heun, midpoint, ralston, bosh3, dopri5, tsit5 or dopri8, or Fixed"
+        )
+
+
+def _state(y0: Any) -> Any:
+    def leaf(path: Any, x: Any) -> Array:
+        name = "y0" + jax.tree_util.keystr(path)
+        try:
+            x = jnp.asarray(x)
+        except TypeError as e:
+            raise TypeError(f"{name} must be a floating or complex array, got {type(x).__name__}") from e
+        if not is_inexact(x):
+            raise TypeError(f"{name} must be a floating or complex array, got dtype {x.dtype}: write 1.0 for 1, or keep it in args")
+        if _concrete(x) and not np.isfinite(np.asarray(x)).all():
+            raise ValueError(f"{name} must be finite, got {np.asarray(x)}")
+        return x
+
+    return jax.tree_util.tree_map_with_path(leaf, y0)
+
+
+def _concrete(x: Any) -> bool:
+    return not isinstance(x, jax.core.Tracer)
+
+
+def _times(ts: Any, y0: Any) -> Array:
+    ts = jnp.stack([jnp.asarray(t) for t in ts]) if isinstance(ts, (tuple, list)) else jnp.asarray(ts)
+    if jnp.issubdtype(ts.dtype, jnp.complexfloating) or ts.dtype == bool:
+        raise TypeError(f"ts must be real, got dtype {ts.dtype}")
+    if not is_inexact(ts):
+        ts = ts.astype(jnp.result_type(float))
+    ts = ts.astype(work_dtype(ts.dtype))
+    if ts.ndim != 1 or ts.shape[0] < 2:
+        raise ValueError(f"ts must be a vector of at least two save times, the first the initial time; got shape {ts.shape}")
+    if _concrete(ts):
+        steps = np.diff(np.asarray(ts))
+        if not np.isfinite(np.asarray(ts)).all():
+            raise ValueError(f"ts must be finite, got {np.asarray(ts)}")
+        if not ((steps >= 0).all() or (steps <= 0).all()):
+            raise ValueError(f"ts must increase throughout or decrease throughout, got {np.asarray(ts)}: sort it")
+    return ts
+
+
+def _numbers(solver: Any, y0: Any) -> Any:
+    """The solver with its numbers checked and made arrays, and a Python step count left as it is."""
+    if isinstance(solver, Layers):
+        return solver
+    if isinstance(solver, Fixed):
+        steps = solver.steps
+        if isinstance(steps, (int, np.integer)) and not isinstance(steps, bool):
+            if steps < 1:
+                raise ValueError(f"Fixed: steps must be at least 1, got {steps}")
+            return replace(solver, steps=int(steps))
+        steps = jnp.asarray(steps)
+        if steps.ndim or not jnp.issubdtype(steps.dtype, jnp.integer):
+            raise TypeError(f"Fixed: steps must be an int or an integer scalar, got {solver.steps!r}")
+        return replace(solver, steps=steps.astype(jnp.int32))
+    if not isinstance(solver.max_steps, int) or solver.max_steps < 1:
+        raise ValueError(f"Adaptive: max_steps must be a positive int, got {solver.max_steps!r}")
+    dtypes = [real_dtype(x.dtype) for x in jax.tree.leaves(y0)] or [jnp.result_type(float)]
+    floor = 4 * max(float(jnp.finfo(d).eps) for d in dtypes)
+    tolerances = {}
+    for name in ("rtol", "atol", "first_step"):
+        value = getattr(solver, name)
+        if value is None and name == "first_step":
+            continue
+        value = jnp.asarray(value, jnp.result_type(float))
+        if value.ndim:
+            raise ValueError(f"Adaptive: {name} must be a scalar, got shape {value.shape}")
+        if _concrete(value) and not (float(value) >= 0 and np.isfinite(float(value))):
+            raise ValueError(f"Adaptive: {name} must be finite and not negative, got {float(value)}")
+        tolerances[name] = value
+    rtol, atol = tolerances["rtol"], tolerances["atol"]
+    if _concrete(rtol) and _concrete(atol) and float(rtol) == 0 and float(atol) == 0:
+        raise ValueError("Adaptive: rtol and atol are both zero; no step can meet that: give at least one a positive value")
+    if _concrete(rtol) and 0 < float(rtol) < floor:
+        warnings.warn(f"Adaptive: rtol={float(rtol):.1e} is below the resolution of the state's dtype; {floor:.1e} is used", stacklevel=3)
+    tolerances["rtol"] = jnp.where(rtol == 0, rtol, jnp.maximum(rtol, floor))
+    return replace(solver, **tolerances)
+
+
+def _partition(tree: Any) -> tuple[list, Any]:
+    """Arrays and floats of a pytree, which are data, and the rest, which is static."""
+    leaves, treedef = jax.tree.flatten(tree)
+    data = [isinstance(x, (jax.Array, np.ndarray, np.generic, float, complex)) for x in leaves]
+    dynamic = [jnp.asarray(x) for x, yes in zip(leaves, data, strict=True) if yes]
+    still = tuple(None if yes else x for x, yes in zip(leaves, data, strict=True))
+    types = tuple(type(x) for x in still)  # 1 and True are equal, but not the same leaf
+    return dynamic, (treedef, tuple(data), still, types)
+
+
+def _combine(dynamic: list, static: Any) -> Any:
+    treedef, data, still, _ = static
+    arrays = iter(dynamic)
+    return jax.tree.unflatten(treedef, [next(arrays) if yes else x for yes, x in zip(data, still, strict=True)])
+
+
+def _hashable(x: Any) -> bool:
+    try:
+        hash(x)
+    except TypeError:
+        return False
+    return True
+
+
+def _solve(y0: Any, ts: Array, dynamic: list, static: Any, adjoint: Any) -> Solution:
+    f, args, solver = _combine(dynamic, static)
+    layout = Layout.of(y0)
+    depth, steps, numbers = _shape(solver, args, ts)
+    field, params = close(f, ts, y0, args, layout, depth)
+    still = replace(solver, rtol=0, atol=0, first_step=None if solver.first_step is None else 0) if isinstance(solver, Adaptive) else solver
+    plan = Plan(field, still, layout, ts.shape[0], steps, depth)
+    outcome = adjoint.solve(plan, Problem(ts, layout.pack(jax.tree.leaves(y0)), params, numbers))
+    ys = jax.tree.unflatten(layout.treedef, layout.unpack(outcome.ys, (ts.shape[0],)))
+    return Solution(ts, ys, outcome.stats, outcome.status)
+
+
+_solve_jitted = partial(jax.jit, static_argnums=(3, 4), inline=True)(_solve)
+
+
+def _shape(solver: Any, args: Any, ts: Array) -> tuple[int | None, int | None, dict]:
+    """Depth, steps between save times, and the numbers that are data."""
+    if isinstance(solver, Adaptive):
+        return None, None, {k: v for k in ("rtol", "atol", "first_step") if (v := getattr(solver, k)) is not None}
+    if isinstance(solver, Fixed):
+        static = isinstance(solver.steps, int)
+        return None, solver.steps if static else None, {} if static else {"steps": solver.steps}
+    depths = {x.shape[0] if x.ndim else None for x in jax.tree.leaves(args) if isinstance(x, jax.Array)}
+    if len(depths) != 1 or None in depths:
+        raise ValueError(f"Layers: every array in args must lead with the same depth, got leading axes {sorted(map(str, depths))}")
+    (depth,) = depths
+    intervals = ts.shape[0] - 1
+    if depth == 0 or depth % intervals:
+        raise ValueError(f"Layers: {depth} layers do not divide evenly among the {intervals} intervals between save times")
+    return depth, depth // intervals, {}
+
+
+def close(f: Callable, ts: Array, y0: Any, args: Any, layout: Layout, depth: int | None) -> tuple[Callable, Params]:
+    """Trace f once: a function of packed states and explicit parameters, and those parameters, closed-over arrays too.
+
+    Checks that f returns the structure and shapes of y; a dtype other than the state's is cast to it.
+    """
+    leaves, treedef = jax.tree.flatten(args)
+    arrays = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+    time = widest(*layout.dtypes, default=ts.dtype)
+
+    def flat(t: Array, y: list, given: list) -> Any:
+        merged = list(leaves)
+        for i, x in zip(arrays, given, strict=True):
+            merged[i] = x
+        return f(t, jax.tree.unflatten(layout.treedef, y), jax.tree.unflatten(treedef, merged))
+
+    given = [leaves[i] for i in arrays]
+    example = [jax.eval_shape(lambda x: x[0], x) if depth else jax.ShapeDtypeStruct(x.shape, x.dtype) for x in given]
+    y = [jax.ShapeDtypeStruct(s, d) for s, d in zip(layout.shapes, layout.dtypes, strict=True)]
+    jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(jax.ShapeDtypeStruct((), time), y, example)
+    _check_slope(out, y0, layout)
+    consts = [jnp.asarray(c) for c in jaxpr.consts]
+    buckets: tuple[list, list, list, list] = ([], [], [], [])
+    places = []
+    for x, layered in [(c, False) for c in consts] + [(x, depth is not None) for x in given]:
+        bucket = (0 if is_inexact(x) else 2) + layered
+        places.append((bucket, len(buckets[bucket])))
+        buckets[bucket].append(x)
+
+    def field(t: Array, state: State, params: Params) -> State:
+        values = [params[b][i] for b, i in places]
+        split = len(consts)
+        slopes = jax.core.eval_jaxpr(jaxpr.jaxpr, values[:split], t.astype(time), *layout.unpack(state), *values[split:])
+        return layout.pack([k.astype(d) for k, d in zip(slopes, layout.dtypes, strict=True)])
+
+    return field, Params(*buckets)
+
+
+def _check_slope(out: Any, y0: Any, layout: Layout) -> None:
+    leaves, treedef = jax.tree.flatten(out)
+    if treedef != layout.treedef:
+        raise TypeError(f"f(t, y, args) must return the structure of y0, {layout.treedef}; it returned {treedef}")
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(y0)[0]]
+    for path, k, shape, dtype in zip(paths, leaves, layout.shapes, layout.dtypes, strict=True):
+        if k.shape != shape:
+            raise TypeError(f"f(t, y, args){path} must have the shape of y0{path}, {shape}; it has {k.shape}")
+        if jnp.issubdtype(k.dtype, jnp.complexfloating) and not jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(f"f(t, y, args){path} is complex but y0{path} is {dtype}: make y0 complex")
+        if is_inexact(k) and jnp.finfo(k.dtype).bits > max(32, jnp.finfo(dtype).bits):
+            warnings.warn(f"f(t, y, args){path} is {k.dtype} and is cast to the dtype of y0{path}, {dtype}", stacklevel=2)

@@ -1,0 +1,166 @@
+"""Linear algebra on states; the only place that knows dtypes.
+
+Inside jode a state is *packed*: a tuple of vectors, one for each dtype among its leaves, so that a loop carries few
+arrays whatever the user's pytree. Rows of a batch, where there are any, are one more axis of each vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+State = tuple[Array, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the leaves of a user's state lie in packed vectors."""
+
+    treedef: Any
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, y: Any) -> Layout:
+        leaves, treedef = jax.tree.flatten(y)
+        return cls(treedef, tuple(x.shape for x in leaves), tuple(x.dtype for x in leaves))
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Indices of the leaves of each packed vector, in order of appearance."""
+        kinds = dict.fromkeys(self.dtypes)
+        return tuple(tuple(i for i, d in enumerate(self.dtypes) if d == kind) for kind in kinds)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(_size(s) * jnp.dtype(d).itemsize for s, d in zip(self.shapes, self.dtypes, strict=True))
+
+    @property
+    def size(self) -> int:
+        return sum(map(_size, self.shapes))
+
+    def pack(self, leaves: Sequence[Array]) -> State:
+        vectors = [[leaves[i].reshape(-1) for i in group] for group in self.groups]
+        return tuple(v[0] if len(v) == 1 else jnp.concatenate(v) for v in vectors)
+
+    def unpack(self, state: State, lead: tuple[int, ...] = ()) -> list[Array]:
+        """The leaves; `lead` are the shapes of axes in front of every vector (save times, rows)."""
+        leaves: list[Any] = [None] * len(self.shapes)
+        for group, vector in zip(self.groups, state, strict=True):
+            start = 0
+            for i in group:
+                stop = start + _size(self.shapes[i])
+                piece = vector if len(group) == 1 else vector[..., start:stop]
+                leaves[i] = piece.reshape(lead + self.shapes[i])
+                start = stop
+        return leaves
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
+
+
+def is_inexact(x: Any) -> bool:
+    """Whether a leaf carries gradients: floating or complex arrays do; integers, booleans and PRNG keys do not."""
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def work_dtype(dtype: Any) -> Any:
+    """The dtype a step computes in: half precision states are stored in half and advanced in float32."""
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
+
+
+def real_dtype(dtype: Any) -> Any:
+    """The real dtype of magnitudes of states of this dtype, at least float32."""
+    return jnp.finfo(work_dtype(dtype)).dtype
+
+
+def widest(*dtypes: Any, default: Any) -> Any:
+    """The widest real dtype of states of these dtypes."""
+    return max((real_dtype(d) for d in dtypes), key=lambda d: jnp.finfo(d).bits, default=default)
+
+
+def _weighted(weights: Sequence[Any], ks: Sequence[Array], dtype: Any) -> Array | None:
+    terms = []
+    for w, k in zip(weights, ks, strict=True):
+        if isinstance(w, float):
+            if w != 0.0:
+                terms.append(k.astype(dtype) if w == 1.0 else w * k.astype(dtype))
+        else:
+            terms.append(w.astype(dtype) * k.astype(dtype))
+    total = None
+    for term in terms:
+        total = term if total is None else total + term
+    return total
+
+
+def combine(h: Array, weights: Sequence[Any], ks: Sequence[State]) -> State:
+    """h Σ w_i k_i, in the working dtype. Weights are Python floats (zeros cost nothing) or arrays."""
+    out = []
+    for vectors in zip(*ks, strict=True):
+        dtype = work_dtype(vectors[0].dtype)
+        total = _weighted(weights, vectors, dtype)
+        out.append(jnp.zeros(vectors[0].shape, dtype) if total is None else h.astype(dtype) * total)
+    return tuple(out)
+
+
+def increment(y: State, h: Array, weights: Sequence[Any], ks: Sequence[State]) -> State:
+    """y + h Σ w_i k_i, in the dtype of y."""
+    if not any(not isinstance(w, float) or w != 0.0 for w in weights):
+        return y
+    return tuple((x.astype(d.dtype) + d).astype(x.dtype) for x, d in zip(y, combine(h, weights, ks), strict=True))
+
+
+def increment_stacked(y: State, h: Array, weights: Array, stacked: State) -> State:
+    """y + h Σ w_i k_i for slopes stacked along a leading axis; weights (n,), or (n, ...) where they differ by row."""
+    out = []
+    for x, K in zip(y, stacked, strict=True):
+        dtype = work_dtype(x.dtype)
+        w = weights.astype(dtype).reshape(weights.shape + (1,) * (K.ndim - weights.ndim))
+        total = h.astype(dtype) * jnp.sum(w * K.astype(dtype), axis=0)
+        out.append((x.astype(dtype) + total).astype(x.dtype))
+    return tuple(out)
+
+
+def stack(states: Sequence[State]) -> State:
+    return tuple(jnp.stack(vectors) for vectors in zip(*states, strict=True))
+
+
+def where(mask: Array, a: Any, b: Any) -> Any:
+    """Choose between two pytrees of arrays, leaf by leaf; the mask broadcasts against every leaf."""
+    return jax.tree.map(lambda x, y: jnp.where(mask, x, y), a, b)
+
+
+def add(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def zeros_like(a: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, a)
+
+
+def take(a: Any, i: Any) -> Any:
+    """Entry i of the first axis of every leaf."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), a)
+
+
+def put(a: Any, i: Any, value: Any) -> Any:
+    """a with entry i of the first axis of every leaf replaced."""
+    return jax.tree.map(lambda x, v: jax.lax.dynamic_update_index_in_dim(x, v, i, 0), a, value)
+
+
+def stack_zeros(n: int, like: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), like)
+
+
+def magnitude(x: Array) -> Array:
+    """|x| in a real dtype of at least float32."""
+    return jnp.abs(x).astype(real_dtype(x.dtype))
