@@ -85,6 +85,10 @@ class _March:
         params = mapped.params if rows.size else None
         self.F = rows.lift(plan.field, params)
 
+    def field(self, t: Array, y: State, params: Params, moving: tuple) -> State:
+        """The vector field with the parameters that carry cotangents apart."""
+        return self.F(t, y, params._replace(shared=moving[0], layers=moving[1]))
+
     def enter(self, problem: Problem) -> Problem:
         """The problem with rows where this march wants them; layers lead, whatever else does."""
         if self.rows.size is None:
@@ -261,12 +265,13 @@ class Known(_March):
         y = where(good[j + 1], y, problem.y0)
         params = self.layer(problem.params, i)
 
-        def f(a: Array, b: Array, y: State, shared: list, layers: list) -> State:
-            t, h = self.span(problem, a, b, k)
-            return self.method.stacked_step(self.F, t, h, y, params._replace(shared=shared, layers=layers))
-
-        _, back = jax.vjp(f, problem.ts[j], problem.ts[j + 1], y, params.shared, params.layers)
-        abar, bbar, ybar, shared, layers = back(ybar)
+        upto = self.method.tableau.stages
+        (t, h), span_back = jax.vjp(lambda a, b: self.span(problem, a, b, k), problem.ts[j], problem.ts[j + 1])
+        K = self.method.stacked_slopes(self.F, t, h, y, params, upto)
+        hbar, ybar, kbar = self.method.pull_end(h, y, K, ybar)
+        tbar, hbar_k, ybar_k, (shared, layers) = self.method.pull_slopes(self.field, t, h, y, params, (params.shared, params.layers), K, kbar, upto)
+        ybar = add(ybar, ybar_k)
+        abar, bbar = span_back((tbar, hbar + hbar_k))
         return Cotangents(
             ybar, c.ts.at[j].add(abar).at[j + 1].add(bbar), add(c.shared, shared), put(c.layers, i, layers), None
         )
@@ -335,13 +340,8 @@ class Found(_March):
         tableau = self.method.tableau
         upto = len(tableau.nodes) if dense else tableau.stages
 
-        def slopes(a: Array, h: Array, y: State, shared: list) -> State:
-            return self.method.stacked_slopes(self.F, a, h, y, params._replace(shared=shared), upto)
-
-        ks, back = jax.vjp(slopes, a, h, y, params.shared)
-        b_i = jnp.asarray(np.pad(tableau.b, (0, upto - tableau.stages)), h.dtype)
-        _, end_back = jax.vjp(lambda h, y, ks: increment_stacked(y, h, b_i, ks), h, y, ks)
-        hbar, ybar, kbar = end_back(c.y)
+        K = self.method.stacked_slopes(self.F, a, h, y, params, upto)
+        hbar, ybar, kbar = self.method.pull_end(h, y, K, c.y)
         tsbar, j, abar_dense = c.ts, c.next, jnp.zeros_like(a)
         if dense:
             sign = jnp.where(rows.spread(problem.ts[-1]) >= rows.spread(problem.ts[0]), 1, -1).astype(a.dtype)
@@ -359,7 +359,7 @@ class Found(_March):
                 gj = tuple(jnp.where(mask, rows.pick_state(x, at), 0) for x in g)
                 _, dense_back = jax.vjp(
                     dense_state,
-                    rows.pick(problem.ts, at) + jnp.zeros_like(a), a, h, y, ks,
+                    rows.pick(problem.ts, at) + jnp.zeros_like(a), a, h, y, K,
                 )
                 tb, ab, hb, yb, kb = dense_back(gj)
                 tsbar = rows.add_at(tsbar, at, jnp.where(mask, tb, 0))
@@ -368,7 +368,7 @@ class Found(_March):
 
             init = (j, pending(j), hbar, abar_dense, ybar, kbar, tsbar)
             j, _, hbar, abar_dense, ybar, kbar, tsbar = jax.lax.while_loop(lambda s: jnp.any(s[1]), one, init)
-        abar, hbar_k, ybar_k, shared = back(kbar)
+        abar, hbar_k, ybar_k, (shared, _) = self.method.pull_slopes(self.field, a, h, y, params, (params.shared, []), K, kbar, upto)
         hbar = hbar + hbar_k
         real = h != 0
         first = jnp.where(real & (a == problem.ts[0]), abar + abar_dense - hbar, 0)

@@ -16,7 +16,7 @@ from jax import Array
 
 from jode import tableau as tb
 from jode.tableau import Tableau
-from jode.tree import State, combine, increment, increment_stacked, put, stack, stack_zeros
+from jode.tree import State, add, combine, increment, increment_stacked, put, stack, stack_zeros, take
 
 Field = Callable[[Array, State, Any], State]
 
@@ -56,28 +56,53 @@ class RungeKutta:
         """
         if upto == 1:
             return stack(self.slopes(F, t, h, y, params, upto=1))
-        table = np.zeros((upto, upto))
-        for i, row in enumerate(self.tableau.rows[:upto]):
-            table[i, : len(row)] = row
+        table, nodes = self._table(upto, h.dtype)
 
         def stage(K: State, x: tuple) -> tuple[State, None]:
             i, c, row = x
             return put(K, i, F(t + c * h, increment_stacked(y, h, row, K), params)), None
 
-        nodes = jnp.asarray(self.tableau.nodes[:upto], h.dtype)
-        K, _ = jax.lax.scan(stage, stack_zeros(upto, y), (jnp.arange(upto), nodes, jnp.asarray(table, h.dtype)))
+        K, _ = jax.lax.scan(stage, stack_zeros(upto, y), (jnp.arange(upto), nodes, table))
         return K
 
     def step(self, F: Field, t: Array, h: Array, y: State, params: Any) -> State:
         """The state at t + h from the state y at t."""
         return increment(y, h, self.tableau.b, self.slopes(F, t, h, y, params))
 
-    def stacked_step(self, F: Field, t: Array, h: Array, y: State, params: Any) -> State:
-        """`step`, in the form to differentiate: with three stages or more, the loop of `stacked_slopes`."""
-        if self.tableau.stages < 3:
-            return self.step(F, t, h, y, params)
-        K = self.stacked_slopes(F, t, h, y, params, self.tableau.stages)
-        return increment_stacked(y, h, jnp.asarray(self.tableau.b, h.dtype), K)
+    def pull_slopes(
+        self, F: Field, t: Array, h: Array, y: State, params: Any, shared: Any, K: State, kbar: State, upto: int
+    ) -> tuple[Array, Array, State, Any]:
+        """Cotangents of (t, h, y, shared) from those of the slopes, F(t, y, params, shared): one loop from the last stage.
+
+        κ_i = k̄_i + h Σ_{j>i} a_ji ȳ_j, with ȳ_j = (∂F/∂y)ᵀ κ_j at the j-th stage; ȳ = Σ ȳ_j and likewise for shared.
+        """
+        table, nodes = self._table(upto, h.dtype)
+
+        def stage(i: Array, carry: tuple) -> tuple:
+            kbar, tbar, hbar, ybar, total = carry
+            i = upto - 1 - i
+            c, row = nodes[i], table[i]
+            (at, z), place_back = jax.vjp(lambda t, h, y, K: (t + c * h, increment_stacked(y, h, row, K)), t, h, y, K)
+            _, F_back = jax.vjp(lambda t, z, s: F(t, z, params, s), at, z, shared)
+            atbar, zbar, sbar = F_back(take(kbar, i))
+            tb, hb, yb, kb = place_back((atbar, zbar))
+            return add(kbar, kb), tbar + tb, hbar + hb, add(ybar, yb), add(total, sbar)
+
+        zeros = jax.tree.map(jnp.zeros_like, (t, h, y, shared))
+        _, *out = jax.lax.fori_loop(0, upto, stage, (kbar, *zeros))
+        return tuple(out)
+
+    def _table(self, upto: int, dtype: Any) -> tuple[Array, Array]:
+        table = np.zeros((upto, upto))
+        for i, row in enumerate(self.tableau.rows[:upto]):
+            table[i, : len(row)] = row
+        return jnp.asarray(table, dtype), jnp.asarray(self.tableau.nodes[:upto], dtype)
+
+    def pull_end(self, h: Array, y: State, K: State, ybar: State) -> tuple[Array, State, State]:
+        """Cotangents of (h, y, K) from that of y1 = y + h Σ b_i k_i."""
+        b = jnp.asarray(np.pad(self.tableau.b, (0, K[0].shape[0] - self.tableau.stages)), h.dtype)
+        _, back = jax.vjp(lambda h, y, K: increment_stacked(y, h, b, K), h, y, K)
+        return back(ybar)
 
     def inverse(self, F: Field, t: Array, h: Array, y1: State, params: Any) -> State:
         """The state at t from the state y1 at t + h: the same step with its ends swapped.
