@@ -19,6 +19,9 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 
+SMALL = 32  # components up to which a state is small
+
+
 class Batch(NamedTuple):
     """How many rows, and which operands (a pytree of bools like the operands) have a leading row axis."""
 
@@ -136,7 +139,7 @@ class Rows:
             return cls()
         # Small states want unit stride along the rows; large ones want each row whole, as convolutions and matrix
         # products do.
-        return cls(batch.size, -1 if state_size <= 32 else 0)
+        return cls(batch.size, -1 if state_size <= SMALL else 0)
 
     def enter(self, x: Array, mapped: bool, lead: int = 0) -> Array:
         """From the leading row axis of an operand to this place, behind `lead` axes (save times, layers)."""

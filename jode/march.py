@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jode.batch import Batch, Rows
+from jode.batch import SMALL, Batch, Rows
 from jode.grid import Adaptive, Stats, Status, search
 from jode.method import RungeKutta
 from jode.tree import Layout, State, add, increment_stacked, put, take, where, zeros_like
@@ -85,9 +85,14 @@ class _March:
         params = mapped.params if rows.size else None
         self.F = rows.lift(plan.field, params)
 
-    def field(self, t: Array, y: State, params: Params, moving: tuple) -> State:
-        """The vector field with the parameters that carry cotangents apart."""
-        return self.F(t, y, params._replace(shared=moving[0], layers=moving[1]))
+    def vjp_slopes(self, t: Array, h: Array, y: State, params: Params, upto: int) -> tuple[State, Callable]:
+        """The slopes of one step and their pullback to (t, h, y, (shared, layers))."""
+
+        def F(t: Array, y: State, moving: tuple) -> State:
+            return self.F(t, y, params._replace(shared=moving[0], layers=moving[1]))
+
+        rolled = self.plan.layout.size <= SMALL and self.rows.size is None
+        return self.method.vjp_slopes(F, t, h, y, (params.shared, params.layers), upto, rolled)
 
     def enter(self, problem: Problem) -> Problem:
         """The problem with rows where this march wants them; layers lead, whatever else does."""
@@ -267,9 +272,9 @@ class Known(_March):
 
         upto = self.method.tableau.stages
         (t, h), span_back = jax.vjp(lambda a, b: self.span(problem, a, b, k), problem.ts[j], problem.ts[j + 1])
-        K = self.method.stacked_slopes(self.F, t, h, y, params, upto)
+        K, pull = self.vjp_slopes(t, h, y, params, upto)
         hbar, ybar, kbar = self.method.pull_end(h, y, K, ybar)
-        tbar, hbar_k, ybar_k, (shared, layers) = self.method.pull_slopes(self.field, t, h, y, params, (params.shared, params.layers), K, kbar, upto)
+        tbar, hbar_k, ybar_k, (shared, layers) = pull(kbar)
         ybar = add(ybar, ybar_k)
         abar, bbar = span_back((tbar, hbar + hbar_k))
         return Cotangents(
@@ -340,7 +345,7 @@ class Found(_March):
         tableau = self.method.tableau
         upto = len(tableau.nodes) if dense else tableau.stages
 
-        K = self.method.stacked_slopes(self.F, a, h, y, params, upto)
+        K, pull = self.vjp_slopes(a, h, y, params, upto)
         hbar, ybar, kbar = self.method.pull_end(h, y, K, c.y)
         tsbar, j, abar_dense = c.ts, c.next, jnp.zeros_like(a)
         if dense:
@@ -368,7 +373,7 @@ class Found(_March):
 
             init = (j, pending(j), hbar, abar_dense, ybar, kbar, tsbar)
             j, _, hbar, abar_dense, ybar, kbar, tsbar = jax.lax.while_loop(lambda s: jnp.any(s[1]), one, init)
-        abar, hbar_k, ybar_k, (shared, _) = self.method.pull_slopes(self.field, a, h, y, params, (params.shared, []), K, kbar, upto)
+        abar, hbar_k, ybar_k, (shared, _) = pull(kbar)
         hbar = hbar + hbar_k
         real = h != 0
         first = jnp.where(real & (a == problem.ts[0]), abar + abar_dense - hbar, 0)

@@ -48,49 +48,46 @@ class RungeKutta:
             ks.append(F(t + c * h, increment(y, h, row, ks), params))
         return ks
 
-    def stacked_slopes(self, F: Field, t: Array, h: Array, y: State, params: Any, upto: int) -> State:
-        """The first `upto` slopes, stacked along a leading axis.
-
-        One loop over the stages: its derivative is a loop too, which XLA compiles and runs many times faster than the
-        derivative of the same stages written out.
-        """
-        if upto == 1:
-            return stack(self.slopes(F, t, h, y, params, upto=1))
-        table, nodes = self._table(upto, h.dtype)
-
-        def stage(K: State, x: tuple) -> tuple[State, None]:
-            i, c, row = x
-            return put(K, i, F(t + c * h, increment_stacked(y, h, row, K), params)), None
-
-        K, _ = jax.lax.scan(stage, stack_zeros(upto, y), (jnp.arange(upto), nodes, table))
-        return K
-
     def step(self, F: Field, t: Array, h: Array, y: State, params: Any) -> State:
         """The state at t + h from the state y at t."""
         return increment(y, h, self.tableau.b, self.slopes(F, t, h, y, params))
 
-    def pull_slopes(
-        self, F: Field, t: Array, h: Array, y: State, params: Any, shared: Any, K: State, kbar: State, upto: int
-    ) -> tuple[Array, Array, State, Any]:
-        """Cotangents of (t, h, y, shared) from those of the slopes, F(t, y, params, shared): one loop from the last stage.
+    def vjp_slopes(
+        self, F: Callable, t: Array, h: Array, y: State, shared: Any, upto: int, rolled: bool
+    ) -> tuple[State, Callable]:
+        """The first `upto` slopes, stacked, and the map from their cotangents to those of (t, h, y, shared).
 
-        κ_i = k̄_i + h Σ_{j>i} a_ji ȳ_j, with ȳ_j = (∂F/∂y)ᵀ κ_j at the j-th stage; ȳ = Σ ȳ_j and likewise for shared.
+        F takes (t, y, shared). With κ_i = k̄_i + h Σ_{j>i} a_ji ȳ_j and ȳ_j = (∂F/∂y)ᵀ κ_j at stage j, ȳ = Σ ȳ_j and likewise
+        for the others. `rolled` makes one loop of the stages, forwards and in reverse, and evaluates each again in reverse:
+        for one small state, where XLA would otherwise fuse the stages and recompute them over and over. Otherwise what each
+        stage left is kept.
         """
+        if not rolled or upto == 1:
+            return jax.vjp(lambda *x: stack(self.slopes(F, *x, upto=upto)), t, h, y, shared)
         table, nodes = self._table(upto, h.dtype)
 
-        def stage(i: Array, carry: tuple) -> tuple:
-            kbar, tbar, hbar, ybar, total = carry
-            i = upto - 1 - i
-            c, row = nodes[i], table[i]
-            (at, z), place_back = jax.vjp(lambda t, h, y, K: (t + c * h, increment_stacked(y, h, row, K)), t, h, y, K)
-            _, F_back = jax.vjp(lambda t, z, s: F(t, z, params, s), at, z, shared)
-            atbar, zbar, sbar = F_back(take(kbar, i))
-            tb, hb, yb, kb = place_back((atbar, zbar))
-            return add(kbar, kb), tbar + tb, hbar + hb, add(ybar, yb), add(total, sbar)
+        def place(i: Array, t: Array, h: Array, y: State, K: State) -> tuple[Array, State]:
+            return t + nodes[i] * h, increment_stacked(y, h, table[i], K)
 
-        zeros = jax.tree.map(jnp.zeros_like, (t, h, y, shared))
-        _, *out = jax.lax.fori_loop(0, upto, stage, (kbar, *zeros))
-        return tuple(out)
+        def evaluate(K: State, i: Array) -> tuple[State, None]:
+            return put(K, i, F(*place(i, t, h, y, K), shared)), None
+
+        K, _ = jax.lax.scan(evaluate, stack_zeros(upto, y), jnp.arange(upto))
+
+        def pull(kbar: State) -> tuple:
+            def stage(n: Array, carry: tuple) -> tuple:
+                kbar, tbar, hbar, ybar, total = carry
+                i = upto - 1 - n
+                at, place_back = jax.vjp(lambda *x: place(i, *x), t, h, y, K)
+                _, F_back = jax.vjp(F, *at, shared)
+                *placed, sbar = F_back(take(kbar, i))
+                tb, hb, yb, kb = place_back(tuple(placed))
+                return add(kbar, kb), tbar + tb, hbar + hb, add(ybar, yb), add(total, sbar)
+
+            zeros = jax.tree.map(jnp.zeros_like, (t, h, y, shared))
+            return jax.lax.fori_loop(0, upto, stage, (kbar, *zeros))[1:]
+
+        return K, pull
 
     def _table(self, upto: int, dtype: Any) -> tuple[Array, Array]:
         table = np.zeros((upto, upto))

@@ -1,0 +1,5 @@
+"""What the examples share: small image classifiers around a residual net or an ODE."""
+
+from jode.models.image import MODELS, Classifier, classifier, features
+
+__all__ = ["MODELS", "Classifier", "classifier", "features"]
