@@ -65,8 +65,9 @@ def native(form: Callable[[Batch | None], Callable], *operands: Any) -> Any:
     return jax.tree.unflatten(carrier.out_tree, out)
 
 
-def _abstract(*avals: Any, carrier: _Native, rows: tuple | None) -> list:
-    return carrier.jaxpr(rows, avals).out_avals
+def _abstract(*avals: Any, carrier: _Native, rows: tuple | None) -> tuple:
+    staged = carrier.jaxpr(rows, avals)
+    return staged.out_avals, staged.effects  # a vector field may print, or call back to count its own calls
 
 
 def _impl(*leaves: Any, carrier: _Native, rows: tuple | None) -> list:
@@ -117,7 +118,7 @@ def _fold(x: Array, size: int, inner_size: int, outer: bool, inner: bool) -> Arr
 
 
 _native_p.def_impl(_impl)
-_native_p.def_abstract_eval(_abstract)
+_native_p.def_effectful_abstract_eval(_abstract)
 mlir.register_lowering(_native_p, _lower)
 ad.primitive_jvps[_native_p] = _jvp
 batching.primitive_batchers[_native_p] = _batch

@@ -91,8 +91,16 @@ class _March:
         def F(t: Array, y: State, moving: tuple) -> State:
             return self.F(t, y, params._replace(shared=moving[0], layers=moving[1]))
 
-        rolled = self.plan.layout.size <= SMALL and self.rows.size is None
-        return self.method.vjp_slopes(F, t, h, y, (params.shared, params.layers), upto, rolled)
+        return self.method.vjp_slopes(F, t, h, y, (params.shared, params.layers), upto, self.rolled)
+
+    @property
+    def rolled(self) -> bool:
+        """Whether stages are differentiated in a loop."""
+        return self.plan.layout.size <= SMALL and self.rows.size is None
+
+    def nfe_pull(self, upto: int) -> int:
+        """Evaluations that pulling back through one step takes."""
+        return 2 * upto if self.rolled and upto > 1 else upto
 
     def enter(self, problem: Problem) -> Problem:
         """The problem with rows where this march wants them; layers lead, whatever else does."""
@@ -245,7 +253,8 @@ class Known(_March):
         status = jnp.where(wrong[-1], Status.nonfinite_state, Status.success).astype(jnp.int32)
         steps = (self.plan.saves - 1) * jnp.asarray(self._steps(problem), jnp.int32)
         nfe = steps * self.method.tableau.stages
-        return Outcome(ys, ~wrong, Stats(nfe, steps, steps, jnp.zeros((), jnp.int32), nfe), status)
+        backward = steps * self.nfe_pull(self.method.tableau.stages)
+        return Outcome(ys, ~wrong, Stats(nfe, steps, steps, jnp.zeros((), jnp.int32), backward), status)
 
     def broken(self, grid: Any, good: Array, failed: Array) -> Array:
         """Rows that failed before their first save time: their later states are never looked at."""
@@ -310,7 +319,7 @@ class Found(_March):
         stages, extra = self.method.tableau.stages, len(self.method.tableau.extra)
         automatic = 2 if self.plan.solver.first_step is None else 1
         dense = extra * s.saves.dense if s.saves else 0
-        backward = s.accepted * (stages + (1 + extra if s.saves else 0))
+        backward = s.accepted * self.nfe_pull(stages + (1 + extra if s.saves else 0))
         stats = Stats(automatic + stages * s.attempts + dense, s.attempts, s.accepted, s.attempts - s.accepted, backward)
         return Outcome(ys, self.good(ys), stats, s.status)
 

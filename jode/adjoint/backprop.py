@@ -72,7 +72,7 @@ def _differentiable(adjoint: Backprop, plan: Plan, batch: Batch | None) -> Calla
     @jax.custom_vjp
     def solve(moving: tuple, still: tuple) -> Outcome:
         march = _march(plan, batch)
-        return march.leave(march.run(march.enter(_join(moving, still))))
+        return _count(march.leave(march.run(march.enter(_join(moving, still)))), None if stored else keep, plan)
 
     def forward(moving: tuple, still: tuple) -> tuple:
         problem = _join(moving, still)
@@ -84,6 +84,7 @@ def _differentiable(adjoint: Backprop, plan: Plan, batch: Batch | None) -> Calla
                 return lambda problem: _trace(plan, rows, problem, stored, leave=True)
 
             outcome, kept = native(form, problem)
+        outcome = _count(outcome, None if stored else keep, plan)
         return outcome, (problem, kept, outcome)
 
     def backward(residuals: tuple, bar: Outcome) -> tuple:
@@ -92,6 +93,14 @@ def _differentiable(adjoint: Backprop, plan: Plan, batch: Batch | None) -> Calla
 
     solve.defvjp(forward, backward)
     return lambda problem: solve(*_split(problem))
+
+
+def _count(outcome: Outcome, keep: int | None, plan: Plan) -> Outcome:
+    """The outcome with the steps that checkpointing takes again counted."""
+    if keep is None:
+        return outcome
+    again = jnp.maximum(recomputed(outcome.stats.accepted, keep), 0) * plan.solver.method.tableau.stages
+    return outcome._replace(stats=outcome.stats._replace(nfe_backward=outcome.stats.nfe_backward + again))
 
 
 def _march(plan: Plan, batch: Batch | None) -> Known | Found:
@@ -193,16 +202,30 @@ def stride(steps: Array, free: Array) -> Array:
     least that suffices, max(β(c, r - 2), steps - β(c - 1, r)) is optimal (Griewank & Walther 2000, Algorithm 799).
     """
     c = jnp.minimum(free, 1000) + 1
+    r, beta = _repetitions(steps, c)
+    fewer_repeats = beta * r // (c + r) * (r - 1) // (c + r - 1)
+    fewer_checkpoints = beta * c // (c + r)
+    length = jnp.maximum(jnp.maximum(fewer_repeats, steps - fewer_checkpoints), 1)
+    return jnp.where(free > 0, jnp.minimum(length, steps - 1), steps - 1).astype(jnp.int32)
+
+
+def recomputed(steps: Array, checkpoints: int) -> Array:
+    """How many steps the schedule takes again in all: r n - β(c + 1, r - 1) for n steps and c checkpoints."""
+    if checkpoints == 1:
+        return steps * (steps - 1) // 2
+    c = jnp.asarray(min(checkpoints, 1000), jnp.int32)
+    r, beta = _repetitions(steps, c)
+    return jnp.where(steps <= checkpoints, steps - 1, r * steps - beta * r // (c + 1))
+
+
+def _repetitions(steps: Array, c: Array) -> tuple[Array, Array]:
+    """The least r with β(c, r) ≥ steps, and that β; r = 1 where c is 1 (its schedule needs no such count)."""
 
     def grow(state: tuple) -> tuple:
         r, beta = state
         return r + 1, beta * (c + r + 1) // (r + 1)
 
-    r, beta = jax.lax.while_loop(lambda s: (s[1] < steps) & (free > 0), grow, (jnp.ones_like(c), c + 1))
-    fewer_repeats = beta * r // (c + r) * (r - 1) // (c + r - 1)
-    fewer_checkpoints = beta * c // (c + r)
-    length = jnp.maximum(jnp.maximum(fewer_repeats, steps - fewer_checkpoints), 1)
-    return jnp.where(free > 0, jnp.minimum(length, steps - 1), steps - 1).astype(jnp.int32)
+    return jax.lax.while_loop(lambda s: (s[1] < steps) & (c > 1), grow, (jnp.ones_like(c), c + 1))
 
 
 def _split(problem: Problem) -> tuple[tuple, tuple]:

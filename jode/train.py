@@ -1,0 +1,142 @@
+"""Training an image classifier: a jitted step, its gradient measured, a progress bar with loss, accuracy and NFE."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from jode.data import Images
+from jode.models import Classifier
+
+
+class Metrics(NamedTuple):
+    """Means over a batch."""
+
+    loss: Array
+    accuracy: Array
+    nfe: Array
+    nfe_backward: Array
+
+
+@dataclass
+class Report:
+    """What training one model showed: one row of Table 1 and the curves behind the figure."""
+
+    name: str
+    parameters: int
+    memory: int  # bytes of temporaries of the gradient of one batch, by XLA's own account
+    seconds: list[float] = field(default_factory=list)
+    nfe: list[float] = field(default_factory=list)
+    nfe_backward: float = 0.0
+    errors: list[tuple[int, float]] = field(default_factory=list)  # (step, test error), every epoch
+
+    @property
+    def error(self) -> float:
+        return self.errors[-1][1]
+
+    @property
+    def step_time(self) -> float:
+        """Median seconds a training step."""
+        return float(np.median(self.seconds))
+
+
+def objective(model: Classifier) -> Callable:
+    """(weights, images, labels) -> (mean cross-entropy, Metrics) of a batch."""
+
+    def loss(weights: Any, images: Array, labels: Array) -> tuple[Array, Metrics]:
+        logits, (nfe, nfe_backward) = jax.vmap(model.apply, (None, 0))(weights, images)
+        value = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+        accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
+        return value, Metrics(value, accuracy, jnp.mean(jnp.asarray(nfe)), jnp.mean(jnp.asarray(nfe_backward)))
+
+    return loss
+
+
+def batches(data: Images, size: int, epochs: int, seed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Shuffled batches of one size; the few examples left over at the end of an epoch wait for the next shuffle."""
+    rng = np.random.default_rng(seed)
+    for _ in range(epochs):
+        order = rng.permutation(len(data.labels))
+        for start in range(0, len(order) - size + 1, size):
+            chosen = order[start : start + size]
+            yield data.images[chosen], data.labels[chosen]
+
+
+def fit(
+    model: Classifier, train: Images, test: Images, *, epochs: int, batch: int = 128, rate: float = 3e-3, limit: int | None = None,
+    seed: int = 0,
+) -> tuple[Any, Report]:
+    """Train with AdamW under a one-cycle schedule (at most `limit` steps); returns the weights and a `Report`."""
+    from tqdm import tqdm
+
+    weights = model.init(jax.random.key(seed))
+    per_epoch = len(train.labels) // batch
+    steps = min(epochs * per_epoch, limit or epochs * per_epoch)
+    optimizer = optax.adamw(optax.cosine_onecycle_schedule(max(steps, 4), rate), weight_decay=1e-4)
+    state = optimizer.init(weights)
+    example = (weights, train.images[:batch], train.labels[:batch])
+    gradient = jax.jit(jax.grad(objective(model), has_aux=True)).lower(*example).compile()
+    memory = gradient.memory_analysis()
+    report = Report(model.name, sum(x.size for x in jax.tree.leaves(weights)), memory.temp_size_in_bytes if memory else 0)
+
+    @jax.jit
+    def update(weights: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
+        updates, state = optimizer.update(gradients, state, weights)
+        return optax.apply_updates(weights, updates), state
+
+    errors = evaluator(model)
+    bar = tqdm(batches(train, batch, epochs, seed), total=steps, desc=f"{model.name:>14}", ncols=100)
+    for step, (images, labels) in enumerate(bar, 1):
+        start = time.perf_counter()
+        gradients, metrics = gradient(weights, images, labels)
+        weights, state = jax.block_until_ready(update(weights, state, gradients))
+        report.seconds.append(time.perf_counter() - start)
+        report.nfe.append(float(metrics.nfe))
+        report.nfe_backward = float(metrics.nfe_backward)
+        bar.set_postfix(loss=f"{metrics.loss:.3f}", acc=f"{metrics.accuracy:.3f}", nfe=f"{metrics.nfe:.0f}", refresh=False)
+        if step % per_epoch == 0 or step == steps:
+            report.errors.append((step, errors(weights, test)))
+        if step == steps:
+            break
+    bar.close()
+    return weights, report
+
+
+def evaluator(model: Classifier, batch: int = 250) -> Callable[[Any, Images], float]:
+    """A function (weights, data) -> fraction of images misclassified, jitted once for one batch size."""
+
+    @jax.jit
+    def wrong(weights: Any, images: Array, labels: Array) -> Array:
+        logits, _ = jax.vmap(model.apply, (None, 0))(weights, images)
+        return jnp.argmax(logits, -1) != labels
+
+    def error(weights: Any, data: Images) -> float:
+        n, missed = len(data.labels), 0
+        for start in range(0, n, batch):
+            index = np.arange(start, start + batch) % n
+            missed += int(jnp.sum(wrong(weights, data.images[index], data.labels[index])[: min(batch, n - start)]))
+        return missed / n
+
+    return error
+
+
+def table(reports: list[Report]) -> str:
+    """Chen et al.'s Table 1, in Markdown."""
+    lines = [
+        "| model | test error | parameters | memory of the gradient | time per step | NFE forward | NFE backward |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in reports:
+        nfe = f"{np.mean(r.nfe[-50:]):.1f} | {r.nfe_backward:.1f}" if r.nfe and r.nfe[-1] else "– | –"
+        lines.append(
+            f"| {r.name} | {100 * r.error:.2f} % | {r.parameters:,} | {r.memory / 2**20:.1f} MiB | {1e3 * r.step_time:.1f} ms | {nfe} |"
+        )
+    return "\n".join(lines)
