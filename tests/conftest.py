@@ -1,0 +1,7 @@
+"""Strict everywhere: float64, no implicit dtype or rank promotion, warnings are errors (pyproject.toml)."""
+
+import jax
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
