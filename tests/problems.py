@@ -35,11 +35,11 @@ def _linear(A):
 def _planets(t, y, args):
     """Five outer planets around the sun: positions x(5), y(5), z(5), then velocities."""
     k2, m0 = 2.95912208286, 1.00000597682
-    m = jnp.array([0.000954786104043, 0.000285583733151, 0.0000437273164546, 0.0000517759138449, 0.00000277777777778])
+    m = jnp.array([0.000954786104043, 0.000285583733151, 0.0000437273164546, 0.0000517759138449, 0.00000277777777778], y.dtype)
     q, v = y.reshape(2, 3, 5)
     sun = q / jnp.sum(q * q, axis=0, keepdims=True) ** 1.5
     gap = q[:, None, :] - q[:, :, None]
-    squared = jnp.sum(gap * gap, axis=0) + jnp.eye(5)
+    squared = jnp.sum(gap * gap, axis=0) + jnp.eye(5, dtype=y.dtype)
     pull = jnp.where(jnp.eye(5, dtype=bool)[None], 0, gap / squared[None] ** 1.5 - sun[:, None, :])
     a = k2 * (-(m0 + m)[None] * sun + jnp.sum(m[None, None] * pull, axis=-1))
     return jnp.concatenate([v.reshape(-1), a.reshape(-1)])

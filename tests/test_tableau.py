@@ -1,0 +1,123 @@
+"""Every tableau satisfies every rooted-tree condition up to its order, and no more than it says."""
+
+from dataclasses import replace
+from functools import cache
+from itertools import combinations_with_replacement
+
+import numpy as np
+import pytest
+
+from jode import tableau as tb
+
+TABLEAUS = {t.name: t for t in vars(tb).values() if isinstance(t, tb.Tableau)}
+
+
+@cache
+def trees(order):
+    """Rooted trees with `order` vertices, each the sorted tuple of its subtrees."""
+    if order == 1:
+        return [()]
+    return sorted({tuple(sorted(forest)) for forest in forests(order - 1)})
+
+
+@cache
+def forests(vertices):
+    if vertices == 0:
+        return [()]
+    return [(t, *rest) for n in range(1, vertices + 1) for t in trees(n) for rest in forests(vertices - n)]
+
+
+def size(tree):
+    return 1 + sum(map(size, tree))
+
+
+def density(tree):
+    return size(tree) * np.prod([density(t) for t in tree], initial=1.0)
+
+
+def elementary(A, tree):
+    """The elementary weights Φ_i of a tree at each stage."""
+    out = np.ones(len(A))
+    for t in tree:
+        out = out * (A @ elementary(A, t))
+    return out
+
+
+def matrix(rows, n):
+    A = np.zeros((n, n))
+    for i, row in enumerate(rows):
+        A[i, : len(row)] = row
+    return A
+
+
+def residual(A, b, order, theta=1.0):
+    """The worst residual of the conditions b · Φ(τ) = θ^|τ| / γ(τ) over trees with exactly `order` vertices."""
+    return max(abs(b @ elementary(A, t) - theta**order / density(t)) for t in trees(order))
+
+
+def test_there_are_200_trees_to_order_8():
+    assert sum(len(trees(n)) for n in range(1, 9)) == 200
+    assert len(list(combinations_with_replacement("ab", 2))) == 3
+
+
+@pytest.mark.parametrize("t", TABLEAUS.values(), ids=TABLEAUS)
+def test_order_is_exactly_as_stated(t):
+    A, b = matrix(t.a, t.stages), np.array(t.b)
+    assert max(residual(A, b, n) for n in range(1, t.order + 1)) <= 2e-14
+    assert residual(A, b, t.order + 1) > 1e-5
+
+
+@pytest.mark.parametrize("t", TABLEAUS.values(), ids=TABLEAUS)
+def test_rows_sum_to_their_nodes(t):
+    sums = np.array([sum(row) for row in t.rows])
+    assert np.abs(sums - t.nodes).max() <= 2e-15 * max(1, np.abs(matrix(t.rows, len(t.nodes))).max()) * len(t.nodes)
+
+
+@pytest.mark.parametrize("t", [t for t in TABLEAUS.values() if t.adaptive], ids=lambda t: t.name)
+def test_embedded_methods_have_the_order_they_state(t):
+    A = matrix(t.rows[: t.stages + 1], t.stages + 1)
+    b = np.array([*t.b, 0.0])
+    orders = []
+    for e in t.error:
+        exact = [n for n in range(1, t.order + 2) if residual(A, b - np.array(e), n) > 1e-5]
+        orders.append(min(exact) - 1)
+    # The order-7 estimate of DOP853 is the combination of its estimates of order 5 and 3 (2·5 - 3).
+    assert (orders == [t.embedded_order]) or (t.name == "dopri8" and orders == [5, 3] and t.embedded_order == 7)
+
+
+@pytest.mark.parametrize("t", TABLEAUS.values(), ids=TABLEAUS)
+@pytest.mark.parametrize("theta", [0.2, 0.63, 1.0])
+def test_interpolants_have_the_order_they_state(t, theta):
+    n = len(t.nodes)
+    powers = theta ** np.arange(1, len(t.dense[0]) + 1)
+    b = np.pad(np.array(t.dense) @ powers, (0, n - len(t.dense)))
+    A = matrix(t.rows, n)
+    assert max(residual(A, b, order, theta) for order in range(1, t.dense_order + 1)) <= 1e-12
+
+
+@pytest.mark.parametrize("t", TABLEAUS.values(), ids=TABLEAUS)
+def test_interpolants_pass_through_both_ends_with_both_slopes(t):
+    rows = np.array(t.dense)
+    at_one = rows.sum(1)
+    slope = (rows * np.arange(1, rows.shape[1] + 1)).sum(1)
+    start, end = np.zeros(len(rows)), np.zeros(len(rows))
+    start[0], end[t.stages] = 1, 1
+    assert np.abs(at_one - np.pad(t.b, (0, len(rows) - t.stages))).max() < 1e-12
+    assert np.abs(rows[:, 0] - start).max() < 1e-12
+    assert np.abs(slope - end).max() < 1e-11
+
+
+def test_wrong_tableaus_are_refused():
+    with pytest.raises(ValueError, match="sum to their nodes"):
+        replace(tb.RK4, b=(1 / 6, 1 / 3, 1 / 3, 1 / 3))
+    with pytest.raises(ValueError, match="rows of 0"):
+        replace(tb.RK4, a=((), (0.5,), (0.5,), (0.0, 0.0, 1.0)))
+    with pytest.raises(ValueError, match="end slope"):
+        replace(tb.HEUN, error=((-0.5, 0.5),))
+
+
+def test_a_perturbed_coefficient_is_caught():
+    t = tb.DOPRI5
+    A = matrix(t.a, t.stages)
+    A[3, 1] += 1e-10
+    assert max(residual(A, np.array(t.b), n) for n in range(1, 6)) > 2e-14
