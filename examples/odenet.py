@@ -88,7 +88,7 @@ def figure(reports, weights, images, labels, out):
 def main():
     p = argparse.ArgumentParser(description="Table 1 of Neural ODEs on real digits.")
     p.add_argument("--data", help="folder with MNIST's four IDX .gz files (default: scikit-learn's digits)")
-    p.add_argument("--epochs", type=int, default=25)
+    p.add_argument("--epochs", type=int, default=15)
     p.add_argument("--width", type=int, default=32, help="channels (64 in the paper)")
     p.add_argument("--batch", type=int, default=128)
     p.add_argument("--limit", type=int, help="at most this many training steps a model")

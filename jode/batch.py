@@ -18,7 +18,6 @@ from jax import Array
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
-
 SMALL = 32  # components up to which a state is small
 
 
@@ -95,7 +94,7 @@ def _jvp(primals: tuple, tangents: tuple, *, carrier: _Native, rows: tuple | Non
 
 def _batch(leaves: tuple, dims: tuple, *, carrier: _Native, rows: tuple | None) -> tuple:
     size = next(x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None)
-    leaves = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(leaves, dims, strict=True)]
+    leaves = tuple(x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(leaves, dims, strict=True))
     outer = tuple(d is not None for d in dims)
     if rows is None:
         out = _native_p.bind(*leaves, carrier=carrier, rows=(size, outer))
@@ -209,7 +208,7 @@ class Rows:
         return jnp.take_along_axis(table, jnp.broadcast_to(j[None], (1, *table.shape[1:])), 0)[0]
 
     def write(self, table: Array, j: Array, value: Array) -> Array:
-        """table with entry j of the first axis set, row by row; a row's entry out of range is dropped."""
+        """Table with entry j of the first axis set, row by row; a row's entry out of range is dropped."""
         if self.size is None:
             return jax.lax.dynamic_update_index_in_dim(table, value, j, 0)
         j, r = self.flat(j), jnp.arange(self.size)

@@ -6,7 +6,7 @@ import gzip
 import struct
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,7 @@ def digits(test: int = 360, seed: int = 0) -> tuple[Images, Images]:
     """The 1,797 handwritten 8x8 digits of scikit-learn as (train, test), split by a fixed permutation."""
     from sklearn.datasets import load_digits
 
-    raw = load_digits()
+    raw: Any = load_digits()
     order = np.random.default_rng(seed).permutation(len(raw.target))
     images = (raw.images[order] / 16.0).astype(np.float32)[..., None]
     labels = raw.target[order].astype(np.int32)

@@ -130,9 +130,7 @@ class Record(NamedTuple):
     states: Any
 
 
-def search(
-    solver: Adaptive, F: Field, rows: Rows, ts: Array, y0: State, params: Any, tol: Any, record: bool, keep: bool
-) -> Search:
+def search(solver: Adaptive, F: Field, rows: Rows, ts: Array, y0: State, params: Any, tol: Any, record: bool, keep: bool) -> Search:
     """March from ts[0] to ts[-1] with step control, all rows in one loop; finished rows take steps of length zero.
 
     With `record` the accepted times are kept, with `keep` the states at the start of each accepted step too.
@@ -166,17 +164,19 @@ def search(
 
     slope = F(t0, y0, params)
     finite_y, finite_f = _finite(rows, y0), _finite(rows, slope)
-    status = jnp.where(finite_f, _RUNNING, Status.nonfinite_dynamics)
-    status = jnp.where(finite_y, status, Status.nonfinite_state)
-    status = jnp.where((t0 == t1) & finite_y, Status.success, status).astype(jnp.int32)
+    status = jnp.where(finite_f, _RUNNING, int(Status.nonfinite_dynamics))
+    status = jnp.where(finite_y, status, int(Status.nonfinite_state))
+    status = jnp.where((t0 == t1) & finite_y, int(Status.success), status).astype(jnp.int32)
     zero = jnp.zeros_like(status)
     if first_step is None:
         h = _first_step(method, F, rows, t0, t1, y0, slope, params, scaled, count)
     else:
-        h = jnp.where(forward, 1, -1).astype(t0.dtype) * jnp.minimum(jnp.abs(rows.spread(first_step)).astype(t0.dtype), jnp.abs(t1 - t0))
+        h = jnp.where(forward, 1, -1).astype(t0.dtype) * jnp.minimum(
+            jnp.abs(rows.spread(first_step)).astype(t0.dtype), jnp.abs(t1 - t0)
+        )
     saves = None
     if interior:
-        same = ts[1:-1] == ts[0]
+        same = ts[1:-1] == ts[:1]
         ys = tuple(
             jnp.where(same if same.ndim > 1 else same.reshape(-1, *[1] * x.ndim), x[None], jnp.nan).astype(x.dtype) for x in y0
         )
@@ -192,7 +192,7 @@ def search(
         remaining = t1 - c.t
         last = jnp.abs(c.h) >= jnp.abs(remaining)
         stuck = (c.status == _RUNNING) & ~last & ~(jnp.abs(c.h) > 10 * eps * jnp.abs(c.t))
-        status = jnp.where(stuck, Status.step_underflow, c.status)
+        status = jnp.where(stuck, int(Status.step_underflow), c.status)
         active = status == _RUNNING
         t_new = jnp.where(last, t1, c.t + c.h)
         h = jnp.where(active, t_new - c.t, 0)
@@ -218,8 +218,10 @@ def search(
             jnp.where(active, h * factor, c.h),
             where(accept, y_new, c.y),
             where(accept, end, c.slope),
-            tuple(jnp.where(accept, a, b) for a, b in zip((jnp.maximum(e, 1e-4).astype(c.t.dtype), *c.errors), c.errors, strict=False)),
-            jnp.where(accept & last, Status.success, status).astype(jnp.int32),
+            tuple(
+                jnp.where(accept, a, b) for a, b in zip((jnp.maximum(e, 1e-4).astype(c.t.dtype), *c.errors), c.errors, strict=False)
+            ),
+            jnp.where(accept & last, int(Status.success), status).astype(jnp.int32),
             c.accepted + accept.astype(jnp.int32),
             c.attempts + active.astype(jnp.int32),
             c.loops + 1,
@@ -228,7 +230,7 @@ def search(
         )
 
     out = jax.lax.while_loop(running, attempt, carry)
-    return out._replace(status=jnp.where(out.status == _RUNNING, Status.max_steps, out.status).astype(jnp.int32))
+    return out._replace(status=jnp.where(out.status == _RUNNING, int(Status.max_steps), out.status).astype(jnp.int32))
 
 
 def _finite(rows: Rows, y: State) -> Array:
@@ -259,7 +261,8 @@ def _first_step(
     sign = jnp.where(t1 >= t0, 1, -1).astype(t0.dtype)
     d0, d1 = (jnp.sqrt(scaled(x, y0, y0) / count) for x in (y0, slope))
     guess = jnp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / jnp.where(d1 == 0, 1, d1))
-    guess = jnp.minimum(guess.astype(t0.dtype), span)
+    floor = float(jnp.finfo(t0.dtype).tiny) ** 0.5  # slopes so large that their norm overflows still get a first step
+    guess = jnp.minimum(jnp.maximum(guess.astype(t0.dtype), floor), span)
     ahead = F(t0 + sign * guess, increment(y0, sign * guess, (1.0,), [slope]), params)
     bend = tuple(a - b for a, b in zip(ahead, slope, strict=True))
     d2 = jnp.sqrt(scaled(bend, y0, y0) / count) / jnp.where(guess == 0, 1, guess).astype(d1.dtype)
@@ -270,7 +273,7 @@ def _first_step(
         jnp.exp(jnp.log(0.01 / jnp.where(worst <= 1e-15, 1, worst)) / ((method.tableau.embedded_order or 0) + 1)),
     )
     bold = jnp.where(jnp.isfinite(bold), bold, guess.astype(bold.dtype)).astype(t0.dtype)
-    return sign * jnp.minimum(jnp.minimum(100 * guess, bold), span)
+    return sign * jnp.minimum(jnp.maximum(jnp.minimum(100 * guess, bold), floor), span)
 
 
 def _save(

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -35,9 +36,7 @@ class Solution:
     status: Array
 
 
-def solve(
-    f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Any = Adaptive(), adjoint: Any = Backprop()
-) -> Solution:
+def solve(f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Any = Adaptive(), adjoint: Any = Backprop()) -> Solution:
     """Solve dy/dt = f(t, y, args), y(ts[0]) = y0, and return y at every save time.
 
     Args:
@@ -87,7 +86,9 @@ def check(sol: Solution) -> Solution:
     The message names the first failed trajectory, the last save time it reached, its step count and the remedy.
     """
     if isinstance(sol.status, jax.core.Tracer):
-        raise TypeError("jode.check needs concrete values: call it outside jax.jit, on the solution that the jitted function returns")
+        raise TypeError(
+            "jode.check needs concrete values: call it outside jax.jit, on the solution that the jitted function returns"
+        )
     status = np.asarray(sol.status)
     failed = np.argwhere(np.atleast_1d(status != Status.success))
     if not len(failed):
@@ -154,7 +155,7 @@ def _times(ts: Any, y0: Any) -> Array:
     if ts.ndim != 1 or ts.shape[0] < 2:
         raise ValueError(f"ts must be a vector of at least two save times, the first the initial time; got shape {ts.shape}")
     if _concrete(ts):
-        steps = np.diff(np.asarray(ts))
+        steps: Any = np.diff(np.asarray(ts))
         if not np.isfinite(np.asarray(ts)).all():
             raise ValueError(f"ts must be finite, got {np.asarray(ts)}")
         if not ((steps >= 0).all() or (steps <= 0).all()):
@@ -195,7 +196,9 @@ def _numbers(solver: Any, y0: Any) -> Any:
     if _concrete(rtol) and _concrete(atol) and float(rtol) == 0 and float(atol) == 0:
         raise ValueError("Adaptive: rtol and atol are both zero; no step can meet that: give at least one a positive value")
     if _concrete(rtol) and 0 < float(rtol) < floor:
-        warnings.warn(f"Adaptive: rtol={float(rtol):.1e} is below the resolution of the state's dtype; {floor:.1e} is used", stacklevel=3)
+        warnings.warn(
+            f"Adaptive: rtol={float(rtol):.1e} is below the resolution of the state's dtype; {floor:.1e} is used", stacklevel=3
+        )
     tolerances["rtol"] = jnp.where(rtol == 0, rtol, jnp.maximum(rtol, floor))
     return replace(solver, **tolerances)
 
@@ -229,7 +232,11 @@ def _solve(y0: Any, ts: Array, dynamic: list, static: Any, adjoint: Any) -> Solu
     layout = Layout.of(y0)
     depth, steps, numbers = _shape(solver, args, ts)
     field, params = close(f, ts, y0, args, layout, depth)
-    still = replace(solver, rtol=0, atol=0, first_step=None if solver.first_step is None else 0) if isinstance(solver, Adaptive) else solver
+    still = (
+        replace(solver, rtol=0, atol=0, first_step=None if solver.first_step is None else 0)
+        if isinstance(solver, Adaptive)
+        else solver
+    )
     plan = Plan(field, still, layout, ts.shape[0], steps, depth)
     outcome = adjoint.solve(plan, Problem(ts, layout.pack(jax.tree.leaves(y0)), params, numbers))
     ys = jax.tree.unflatten(layout.treedef, layout.unpack(outcome.ys, (ts.shape[0],)))
@@ -247,9 +254,9 @@ def _shape(solver: Any, args: Any, ts: Array) -> tuple[int | None, int | None, d
         static = isinstance(solver.steps, int)
         return None, solver.steps if static else None, {} if static else {"steps": solver.steps}
     depths = {x.shape[0] if x.ndim else None for x in jax.tree.leaves(args) if isinstance(x, jax.Array)}
-    if len(depths) != 1 or None in depths:
+    depth = next(iter(depths), None)
+    if len(depths) != 1 or depth is None:
         raise ValueError(f"Layers: every array in args must lead with the same depth, got leading axes {sorted(map(str, depths))}")
-    (depth,) = depths
     intervals = ts.shape[0] - 1
     if depth == 0 or depth % intervals:
         raise ValueError(f"Layers: {depth} layers do not divide evenly among the {intervals} intervals between save times")

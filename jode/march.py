@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from jode.batch import SMALL, Batch, Rows
@@ -113,7 +112,10 @@ class _March:
                 for leaves, flags, lead in zip(problem.params, mapped.params, (0, 1, 0, 1), strict=True)
             )
         )
-        y0 = tuple(rows.enter(x if m else jnp.broadcast_to(x, (rows.size, *x.shape)), True) for x, m in zip(problem.y0, mapped.y0, strict=True))
+        y0 = tuple(
+            rows.enter(x if m else jnp.broadcast_to(x, (rows.size, *x.shape)), True)
+            for x, m in zip(problem.y0, mapped.y0, strict=True)
+        )
         numbers = {k: rows.column(x, mapped.numbers[k]) for k, x in problem.numbers.items()}
         return Problem(rows.column(problem.ts, mapped.ts), y0, params, numbers)
 
@@ -250,7 +252,7 @@ class Known(_March):
         wrong = jnp.cumsum(~good, axis=0) > 0
         mask = self.rows.over_time(wrong)
         ys = tuple(jnp.where(mask, jnp.nan, x).astype(x.dtype) for x in ys)
-        status = jnp.where(wrong[-1], Status.nonfinite_state, Status.success).astype(jnp.int32)
+        status = jnp.where(wrong[-1], int(Status.nonfinite_state), int(Status.success)).astype(jnp.int32)
         steps = (self.plan.saves - 1) * jnp.asarray(self._steps(problem), jnp.int32)
         nfe = steps * self.method.tableau.stages
         backward = steps * self.nfe_pull(self.method.tableau.stages)
@@ -286,9 +288,7 @@ class Known(_March):
         tbar, hbar_k, ybar_k, (shared, layers) = pull(kbar)
         ybar = add(ybar, ybar_k)
         abar, bbar = span_back((tbar, hbar + hbar_k))
-        return Cotangents(
-            ybar, c.ts.at[j].add(abar).at[j + 1].add(bbar), add(c.shared, shared), put(c.layers, i, layers), None
-        )
+        return Cotangents(ybar, c.ts.at[j].add(abar).at[j + 1].add(bbar), add(c.shared, shared), put(c.layers, i, layers), None)
 
     def finish(self, problem: Problem, g: State, c: Cotangents) -> Cotangents:
         return c._replace(y=add(c.y, tuple(x[0] for x in g)))
@@ -310,11 +310,11 @@ class Found(_March):
         return self.outcome(problem, s), (s.record.slots, s.record.times, s.accepted > 0), s.record.states
 
     def outcome(self, problem: Problem, s: Any) -> Outcome:
-        success = s.status == Status.success
+        success = s.status == int(Status.success)
         end = tuple(jnp.where(success, x, jnp.nan).astype(x.dtype) for x in s.y)
         middle = s.saves.ys if s.saves else tuple(jnp.zeros((0, *x.shape), x.dtype) for x in end)
         ys = tuple(jnp.concatenate([x[None], v, z[None]]) for x, v, z in zip(problem.y0, middle, end, strict=True))
-        bad_start = s.status == Status.nonfinite_state
+        bad_start = s.status == int(Status.nonfinite_state)
         ys = tuple(jnp.where(bad_start, jnp.nan, x).astype(x.dtype) for x in ys)
         stages, extra = self.method.tableau.stages, len(self.method.tableau.extra)
         automatic = 2 if self.plan.solver.first_step is None else 1
@@ -373,7 +373,11 @@ class Found(_March):
                 gj = tuple(jnp.where(mask, rows.pick_state(x, at), 0) for x in g)
                 _, dense_back = jax.vjp(
                     dense_state,
-                    rows.pick(problem.ts, at) + jnp.zeros_like(a), a, h, y, K,
+                    rows.pick(problem.ts, at) + jnp.zeros_like(a),
+                    a,
+                    h,
+                    y,
+                    K,
                 )
                 tb, ab, hb, yb, kb = dense_back(gj)
                 tsbar = rows.add_at(tsbar, at, jnp.where(mask, tb, 0))
@@ -393,15 +397,13 @@ class Found(_March):
     def finish(self, problem: Problem, g: State, c: Cotangents) -> Cotangents:
         """Save times at the start itself see y0, and its time through the vector field."""
         ts = problem.ts
-        same = (ts[:-1] == ts[0]).at[0].set(True) if ts.shape[0] > 2 else jnp.ones_like(ts[:1], bool)
+        same = (ts[:-1] == ts[:1]).at[0].set(True)
         spread = (lambda x: same) if same.ndim > 1 else (lambda x: same.reshape(-1, *[1] * (x.ndim - 1)))
         y = tuple(z + jnp.sum(jnp.where(spread(x), x[:-1], 0), axis=0).astype(z.dtype) for x, z in zip(g, c.y, strict=True))
         return c._replace(y=y)
 
 
-def reverse(
-    march: Known | Found, problem: Problem, good: Array, grid: Any, g: State, store: Any, recover: Callable
-) -> Cotangents:
+def reverse(march: Known | Found, problem: Problem, good: Array, grid: Any, g: State, store: Any, recover: Callable) -> Cotangents:
     """Pull the cotangents g of the saved states back over the grid; recover(i, store) -> (state at slot i, store)."""
     n = march.slots(problem, grid)
 

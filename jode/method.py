@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jode import tableau as tb
+import jode.tableau as tb
 from jode.tableau import Tableau
 from jode.tree import State, add, combine, increment, increment_stacked, put, stack, stack_zeros, take
 
@@ -52,9 +52,7 @@ class RungeKutta:
         """The state at t + h from the state y at t."""
         return increment(y, h, self.tableau.b, self.slopes(F, t, h, y, params))
 
-    def vjp_slopes(
-        self, F: Callable, t: Array, h: Array, y: State, shared: Any, upto: int, rolled: bool
-    ) -> tuple[State, Callable]:
+    def vjp_slopes(self, F: Callable, t: Array, h: Array, y: State, shared: Any, upto: int, rolled: bool) -> tuple[State, Callable]:
         """The first `upto` slopes, stacked, and the map from their cotangents to those of (t, h, y, shared).
 
         F takes (t, y, shared). With κ_i = k̄_i + h Σ_{j>i} a_ji ȳ_j and ȳ_j = (∂F/∂y)ᵀ κ_j at stage j, ȳ = Σ ȳ_j and likewise

@@ -105,6 +105,7 @@ def nested(b: Row, *d: Row) -> tuple[Row, ...]:
     return _rows([p + q for p, q in zip(cubic, tail, strict=True)])
 
 
+# fmt: off
 EULER = Tableau("euler", 1, c=(0.0,), a=((),), b=(1.0,))
 
 MIDPOINT = Tableau(
@@ -301,3 +302,4 @@ DOPRI8 = Tableau(
     ),
     extra_c=(0.1, 0.2, 0.7777777777777778),
 )
+# fmt: on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -71,7 +72,14 @@ def batches(data: Images, size: int, epochs: int, seed: int = 0) -> Iterator[tup
 
 
 def fit(
-    model: Classifier, train: Images, test: Images, *, epochs: int, batch: int = 128, rate: float = 3e-3, limit: int | None = None,
+    model: Classifier,
+    train: Images,
+    test: Images,
+    *,
+    epochs: int,
+    batch: int = 128,
+    rate: float = 3e-3,
+    limit: int | None = None,
     seed: int = 0,
 ) -> tuple[Any, Report]:
     """Train with AdamW under a one-cycle schedule (at most `limit` steps); returns the weights and a `Report`."""
@@ -93,7 +101,13 @@ def fit(
         return optax.apply_updates(weights, updates), state
 
     errors = evaluator(model)
-    bar = tqdm(batches(train, batch, epochs, seed), total=steps, desc=f"{model.name:>14}", ncols=100)
+    bar = tqdm(
+        batches(train, batch, epochs, seed),
+        total=steps,
+        desc=f"{model.name:>14}",
+        ncols=100,
+        mininterval=0.2 if sys.stderr.isatty() else 30,
+    )
     for step, (images, labels) in enumerate(bar, 1):
         start = time.perf_counter()
         gradients, metrics = gradient(weights, images, labels)
@@ -136,7 +150,6 @@ def table(reports: list[Report]) -> str:
     ]
     for r in reports:
         nfe = f"{np.mean(r.nfe[-50:]):.1f} | {r.nfe_backward:.1f}" if r.nfe and r.nfe[-1] else "– | –"
-        lines.append(
-            f"| {r.name} | {100 * r.error:.2f} % | {r.parameters:,} | {r.memory / 2**20:.1f} MiB | {1e3 * r.step_time:.1f} ms | {nfe} |"
-        )
+        left = f"| {r.name} | {100 * r.error:.2f} % | {r.parameters:,} | {r.memory / 2**20:.1f} MiB "
+        lines.append(left + f"| {1e3 * r.step_time:.1f} ms | {nfe} |")
     return "\n".join(lines)

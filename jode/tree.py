@@ -103,7 +103,7 @@ def _weighted(weights: Sequence[Any], ks: Sequence[Array], dtype: Any) -> Array 
 
 
 def combine(h: Array, weights: Sequence[Any], ks: Sequence[State]) -> State:
-    """h Σ w_i k_i, in the working dtype. Weights are Python floats (zeros cost nothing) or arrays."""
+    """H Σ w_i k_i, in the working dtype. Weights are Python floats (zeros cost nothing) or arrays."""
     out = []
     for vectors in zip(*ks, strict=True):
         dtype = work_dtype(vectors[0].dtype)
@@ -113,14 +113,14 @@ def combine(h: Array, weights: Sequence[Any], ks: Sequence[State]) -> State:
 
 
 def increment(y: State, h: Array, weights: Sequence[Any], ks: Sequence[State]) -> State:
-    """y + h Σ w_i k_i, in the dtype of y."""
+    """Y + h Σ w_i k_i, in the dtype of y."""
     if not any(not isinstance(w, float) or w != 0.0 for w in weights):
         return y
     return tuple((x.astype(d.dtype) + d).astype(x.dtype) for x, d in zip(y, combine(h, weights, ks), strict=True))
 
 
 def increment_stacked(y: State, h: Array, weights: Array, stacked: State) -> State:
-    """y + h Σ w_i k_i for slopes stacked along a leading axis; weights (n,), or (n, ...) where they differ by row."""
+    """Y + h Σ w_i k_i for slopes stacked along a leading axis; weights (n,), or (n, ...) where they differ by row."""
     out = []
     for x, K in zip(y, stacked, strict=True):
         dtype = work_dtype(x.dtype)
@@ -153,7 +153,7 @@ def take(a: Any, i: Any) -> Any:
 
 
 def put(a: Any, i: Any, value: Any) -> Any:
-    """a with entry i of the first axis of every leaf replaced."""
+    """A with entry i of the first axis of every leaf replaced."""
     return jax.tree.map(lambda x, v: jax.lax.dynamic_update_index_in_dim(x, v, i, 0), a, value)
 
 

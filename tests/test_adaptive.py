@@ -22,7 +22,11 @@ def test_detest(name):
     errors = {e: [] for e in BUDGET[name]}
     work = dict.fromkeys(BUDGET[name], 0)
     for p in DETEST.values():
-        run = jax.jit(lambda tol, p=p: jode.solve(p.f, jnp.array(p.y0), (0.0, p.t1), solver=jode.Adaptive(getattr(jode, name), tol, tol, max_steps=100_000)))
+        run = jax.jit(
+            lambda tol, p=p: jode.solve(
+                p.f, jnp.array(p.y0), (0.0, p.t1), solver=jode.Adaptive(getattr(jode, name), tol, tol, max_steps=100_000)
+            )
+        )
         for e in errors:
             sol = jode.check(run(10.0**-e))
             errors[e].append(np.max(np.abs(sol.ys[-1] - p.y1) / (1 + np.abs(p.y1))) * 10.0**e)
@@ -37,7 +41,14 @@ def test_detest(name):
 @pytest.mark.parametrize("name", CLASSICS)
 def test_twelve_digits(name):
     p = CLASSICS[name]
-    bound = {"pleiades": 1e-10, "lorenz": 5e-11, "lotka_volterra": 2e-12, "van_der_pol": 5e-12, "fitzhugh_nagumo": 5e-12, "planets": 5e-12}
+    bound = {
+        "pleiades": 1e-10,
+        "lorenz": 5e-11,
+        "lotka_volterra": 2e-12,
+        "van_der_pol": 5e-12,
+        "fitzhugh_nagumo": 5e-12,
+        "planets": 5e-12,
+    }
     sol = jode.solve(p.f, jnp.array(p.y0), (0.0, p.t1), solver=jode.Adaptive(jode.dopri8, 1e-13, 1e-13))
     assert np.abs(sol.ys[-1] - p.y1).max() <= bound.get(name, 1e-12)
 
@@ -48,7 +59,9 @@ def test_error_falls_in_proportion_to_the_tolerance(name, method, request):
     if (name, method) == ("planets", jode.tsit5):
         request.applymarker(pytest.mark.xfail(strict=True, reason="slope 1.21: eight steps at 1e-4 are not yet asymptotic"))
     p = CLASSICS[name]
-    run = jax.jit(lambda tol: jode.odeint(p.f, jnp.array(p.y0), (0.0, p.t1), solver=jode.Adaptive(method, tol, tol, max_steps=50_000))[-1])
+    run = jax.jit(
+        lambda tol: jode.odeint(p.f, jnp.array(p.y0), (0.0, p.t1), solver=jode.Adaptive(method, tol, tol, max_steps=50_000))[-1]
+    )
     tols = 10.0 ** -np.arange(4, 12)
     errors = [np.abs(run(t) - p.y1).max() for t in tols]
     assert 0.8 <= np.polyfit(np.log(tols), np.log(errors), 1)[0] <= 1.2
@@ -82,7 +95,9 @@ def test_save_times_are_as_good_as_the_end(name, method):
 
 
 def test_arenstorf_ends_where_it_began():
-    y = jode.odeint(arenstorf, jnp.array(ARENSTORF), (0.0, 17.0652165601579625588917206249), solver=jode.Adaptive(jode.dopri8, 1e-12, 1e-12))
+    y = jode.odeint(
+        arenstorf, jnp.array(ARENSTORF), (0.0, 17.0652165601579625588917206249), solver=jode.Adaptive(jode.dopri8, 1e-12, 1e-12)
+    )
     assert np.abs(y[-1, :2] - np.array(ARENSTORF[:2])).max() < 1e-7
 
 
@@ -181,6 +196,11 @@ def test_every_controller_meets_the_tolerance(coefficients):
 
 
 def test_a_long_float32_march_does_not_lose_its_clock():
-    """y' = y cos t to t = 100 in 100,000 steps: adding h up would lose 3.6e-2."""
-    y = jode.odeint(lambda t, y, a: y * jnp.cos(t), jnp.ones(1, jnp.float32), jnp.array([0.0, 100.0], jnp.float32), solver=jode.Fixed(jode.rk4, 100_000))
+    """Y' = y cos t to t = 100 in 100,000 steps: adding h up would lose 3.6e-2."""
+    y = jode.odeint(
+        lambda t, y, a: y * jnp.cos(t),
+        jnp.ones(1, jnp.float32),
+        jnp.array([0.0, 100.0], jnp.float32),
+        solver=jode.Fixed(jode.rk4, 100_000),
+    )
     assert abs(float(y[-1, 0]) / np.exp(np.sin(100.0)) - 1) < 1e-4

@@ -19,7 +19,11 @@ FIXED = {
     "dopri5": jode.Fixed(jode.dopri5, 3),
     "traced": jode.Fixed(jode.rk4, jnp.asarray(4), max_steps=4),
 }
-SOLVERS = {**FIXED, "tsit5": jode.Adaptive(jode.tsit5, 1e-9, 1e-9, max_steps=400), "dopri8": jode.Adaptive(jode.dopri8, 1e-11, 1e-11, max_steps=400)}
+SOLVERS = {
+    **FIXED,
+    "tsit5": jode.Adaptive(jode.tsit5, 1e-9, 1e-9, max_steps=400),
+    "dopri8": jode.Adaptive(jode.dopri8, 1e-11, 1e-11, max_steps=400),
+}
 
 
 def f(t, y, args):
@@ -103,7 +107,9 @@ def test_adaptive_steps_equal_autodiff_of_a_loop_over_the_accepted_grid(adjoint)
             y = y + h * sum(b * k for b, k in zip(t.b, ks, strict=True))
         return jnp.sum(y**2)
 
-    ours = jax.grad(lambda y0, a: jnp.sum(jode.odeint(f, y0, (0.0, 1.0), {**ARGS, "a": a}, solver=solver, adjoint=adjoint)[-1] ** 2), (0, 1))
+    ours = jax.grad(
+        lambda y0, a: jnp.sum(jode.odeint(f, y0, (0.0, 1.0), {**ARGS, "a": a}, solver=solver, adjoint=adjoint)[-1] ** 2), (0, 1)
+    )
     for a, b in zip(ours(Y0, ARGS["a"]), jax.grad(loss, (0, 1))(Y0, ARGS["a"]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
     assert len(grid) > 3
@@ -119,6 +125,7 @@ def test_every_input_matches_finite_differences(name, saves, direction):
     grads = jax.jit(jax.grad(loss, (0, 1, 2)))(*x)
     for i, g in enumerate(grads):
         for j in range(g.size):
+
             def along(e, i=i, j=j):
                 return float(loss(*(v.at[j].add(e) if k == i else v for k, v in enumerate(x))))
 
@@ -136,7 +143,10 @@ def test_second_derivatives(name, saves):
     hessian = jax.jit(jax.jacfwd(gradient, 1))(Y0, a, ts)
     h = 1e-4
     for j in range(4):
-        fd = (8 * (gradient(Y0, a.at[j].add(h), ts) - gradient(Y0, a.at[j].add(-h), ts)) - (gradient(Y0, a.at[j].add(2 * h), ts) - gradient(Y0, a.at[j].add(-2 * h), ts))) / (12 * h)
+        fd = (
+            8 * (gradient(Y0, a.at[j].add(h), ts) - gradient(Y0, a.at[j].add(-h), ts))
+            - (gradient(Y0, a.at[j].add(2 * h), ts) - gradient(Y0, a.at[j].add(-2 * h), ts))
+        ) / (12 * h)
         np.testing.assert_allclose(fd, hessian[:, j], rtol=1e-6, atol=1e-6 * np.abs(hessian).max())
     np.testing.assert_allclose(hessian, hessian.T, rtol=1e-6, atol=1e-7 * np.abs(hessian).max())
     if name == "rk4":
@@ -184,7 +194,15 @@ def test_equinox_modules_are_vector_fields_and_arguments(name):
 
 def test_a_complex_gradient_is_that_of_the_closed_form():
     y0, w = jnp.array([1.0 + 0.3j]), jnp.array(0.2 + 1.0j)
-    ours = jax.grad(lambda y0, w: jnp.abs(jode.odeint(lambda t, y, w: w * y, y0, (0.0, 1.0), w, solver=jode.Adaptive(jode.tsit5, 1e-11, 1e-11))[-1, 0] - 2) ** 2, (0, 1))
+    ours = jax.grad(
+        lambda y0, w: (
+            jnp.abs(
+                jode.odeint(lambda t, y, w: w * y, y0, (0.0, 1.0), w, solver=jode.Adaptive(jode.tsit5, 1e-11, 1e-11))[-1, 0] - 2
+            )
+            ** 2
+        ),
+        (0, 1),
+    )
     theirs = jax.grad(lambda y0, w: jnp.abs(y0[0] * jnp.exp(w) - 2) ** 2, (0, 1))
     for a, b in zip(ours(y0, w), theirs(y0, w), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-8)
@@ -201,7 +219,9 @@ def test_the_checkpoint_schedule_is_optimal(steps, checkpoints):
         return -y
 
     solver, adjoint = jode.Fixed(jode.euler, steps), jode.Backprop(checkpoints)
-    gradient, sol = jax.grad(lambda y: (lambda s: (s.ys[-1, 0], s))(jode.solve(field, y, (0.0, 1.0), solver=solver, adjoint=adjoint)), has_aux=True)(jnp.ones(1))
+    gradient, sol = jax.grad(
+        lambda y: (lambda s: (s.ys[-1, 0], s))(jode.solve(field, y, (0.0, 1.0), solver=solver, adjoint=adjoint)), has_aux=True
+    )(jnp.ones(1))
     jax.effects_barrier()
     again = 0 if checkpoints >= steps else fewest(steps, checkpoints)
     assert len(calls) == steps + again + steps
@@ -227,8 +247,11 @@ def test_the_schedule_is_logarithmic():
 
 def test_memory_follows_the_checkpoints():
     """Bytes of temporaries of a gradient of 1,024 steps on a state of 4,096 numbers."""
+
     def memory(steps, adjoint):
-        loss = lambda y: jnp.sum(jode.odeint(lambda t, y, a: jnp.sin(y), y, (0.0, 1.0), solver=jode.Fixed(jode.euler, steps), adjoint=adjoint)[-1])
+        loss = lambda y: jnp.sum(
+            jode.odeint(lambda t, y, a: jnp.sin(y), y, (0.0, 1.0), solver=jode.Fixed(jode.euler, steps), adjoint=adjoint)[-1]
+        )
         return jax.jit(jax.grad(loss)).lower(jnp.ones(4096)).compile().memory_analysis().temp_size_in_bytes / (8 * 4096)
 
     assert memory(1024, jode.Backprop(None)) > 1024

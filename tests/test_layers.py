@@ -39,7 +39,11 @@ def test_layers_equal_a_python_loop(n, step):
 @pytest.mark.parametrize("adjoint", [jode.Backprop(None), jode.Backprop(3), jode.Backprop()], ids=str)
 def test_gradients_equal_autodiff_of_a_python_loop(adjoint):
     w = weights(12)
-    ours = jax.jit(jax.grad(lambda x, w: jnp.sum(jode.odeint(f, x, (0.0, 1.0), w, solver=jode.Layers(jode.euler), adjoint=adjoint)[-1] ** 2), (0, 1)))
+    ours = jax.jit(
+        jax.grad(
+            lambda x, w: jnp.sum(jode.odeint(f, x, (0.0, 1.0), w, solver=jode.Layers(jode.euler), adjoint=adjoint)[-1] ** 2), (0, 1)
+        )
+    )
     theirs = jax.grad(lambda x, w: jnp.sum(loop(x, w, 1.0) ** 2), (0, 1))
     for a, b in zip(jax.tree.leaves(ours(X, w)), jax.tree.leaves(theirs(X, w)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)

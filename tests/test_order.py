@@ -58,7 +58,9 @@ def test_order_on_a_non_autonomous_problem(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_polynomials_of_degree_below_the_order_are_exact(name):
     p = METHODS[name].order
-    y = jode.odeint(lambda t, y, a: p * t ** (p - 1) * jnp.ones_like(y), jnp.zeros(1), (0.0, 1.0), solver=jode.Fixed(METHODS[name], 3))
+    y = jode.odeint(
+        lambda t, y, a: p * t ** (p - 1) * jnp.ones_like(y), jnp.zeros(1), (0.0, 1.0), solver=jode.Fixed(METHODS[name], 3)
+    )
     assert abs(y[-1, 0] - 1) <= 1e-14
 
 

@@ -33,7 +33,7 @@ class Backprop:
     every state of a grid of static length is stored.
     """
 
-    checkpoints: int | None | str = AUTO
+    checkpoints: int | str | None = AUTO
 
     def __post_init__(self) -> None:
         k = self.checkpoints
@@ -52,6 +52,7 @@ class Backprop:
             most = solver.max_steps
         else:
             most = intervals * (plan.steps or solver.max_steps or 0) or None
+        keep: Any
         if self.checkpoints == AUTO:
             keep = max(16, BUDGET // max(1, plan.layout.nbytes * rows))
         else:
@@ -99,7 +100,8 @@ def _count(outcome: Outcome, keep: int | None, plan: Plan) -> Outcome:
     """The outcome with the steps that checkpointing takes again counted."""
     if keep is None:
         return outcome
-    again = jnp.maximum(recomputed(outcome.stats.accepted, keep), 0) * plan.solver.method.tableau.stages
+    count = jnp.vectorize(lambda steps: recomputed(steps, keep))
+    again = jnp.maximum(count(outcome.stats.accepted), 0) * plan.solver.method.tableau.stages
     return outcome._replace(stats=outcome.stats._replace(nfe_backward=outcome.stats.nfe_backward + again))
 
 
@@ -113,9 +115,7 @@ def _trace(plan: Plan, batch: Batch | None, problem: Problem, keep: bool, leave:
     return march.leave(outcome), march.leave_trace(grid, states) if leave else (grid, states)
 
 
-def _pull_back(
-    march: Known | Found, problem: Problem, kept: tuple, outcome: Outcome, ybar: tuple, keep: int | None
-) -> tuple:
+def _pull_back(march: Known | Found, problem: Problem, kept: tuple, outcome: Outcome, ybar: tuple, keep: int | None) -> tuple:
     """Cotangents of (ts, y0, shared, layers) from those of the saved states.
 
     A failed row is contained: with zero cotangents on its NaNs it leaves everything else as it is, and with any other it
@@ -125,7 +125,7 @@ def _pull_back(
     grid, states = kept
     g = tuple(rows.enter(x, True, 1) for x in ybar)
     good = rows.column(outcome.good)
-    failed = rows.column(outcome.status) != Status.success
+    failed = rows.column(outcome.status) != int(Status.success)
     poisoned = jnp.zeros_like(failed)
     mask = rows.over_time(good)
     for x in g:

@@ -44,8 +44,15 @@ def classifier(name: str, shape: tuple[int, int, int], width: int = 64, classes:
         return Classifier(name, partial(_init_mlp, shape=shape, classes=classes), _apply_mlp)
     return Classifier(
         name,
-        partial(_init_net, kind=kind, depth=what if kind == "resnet" else None, channels=shape[-1], width=width,
-                shrink=shape[0] > 12, classes=classes),
+        partial(
+            _init_net,
+            kind=kind,
+            depth=what if kind == "resnet" else None,
+            channels=shape[-1],
+            width=width,
+            shrink=shape[0] > 12,
+            classes=classes,
+        ),
         partial(_apply_net, kind=kind, solver=what),
     )
 
@@ -84,13 +91,11 @@ def _apply_net(weights: Weights, image: Array, *, kind: str, solver: Any) -> tup
     return _head(weights["head"], x), nfe
 
 
-def _init_net(
-    key: Array, *, kind: str, depth: int | None, channels: int, width: int, shrink: bool, classes: int
-) -> Weights:
+def _init_net(key: Array, *, kind: str, depth: int | None, channels: int, width: int, shrink: bool, classes: int) -> Weights:
     stem, block, head = jax.random.split(key, 3)
     weights: Weights = {"stem": _init_stem(stem, channels, width, shrink), "head": _init_head(head, width, classes)}
     if kind == "resnet":
-        weights["block"] = jax.vmap(partial(_init_residual, width=width))(jax.random.split(block, depth))
+        weights["block"] = jax.vmap(partial(_init_residual, width=width))(jax.random.split(block, depth or 1))
     elif kind == "ode":
         weights["block"] = _init_vector_field(block, width)
     return weights
@@ -98,14 +103,23 @@ def _init_net(
 
 def _init_residual(key: Array, width: int) -> Weights:
     a, b = jax.random.split(key)
-    return {"norm1": _init_norm(width), "conv1": _init_conv(a, 3, width, width, bias=False),
-            "norm2": _init_norm(width), "conv2": _init_conv(b, 3, width, width, bias=False)}
+    return {
+        "norm1": _init_norm(width),
+        "conv1": _init_conv(a, 3, width, width, bias=False),
+        "norm2": _init_norm(width),
+        "conv2": _init_conv(b, 3, width, width, bias=False),
+    }
 
 
 def _init_vector_field(key: Array, width: int) -> Weights:
     a, b = jax.random.split(key)
-    return {"norm1": _init_norm(width), "conv1": _init_conv(a, 3, width + 1, width),
-            "norm2": _init_norm(width), "conv2": _init_conv(b, 3, width + 1, width), "norm3": _init_norm(width)}
+    return {
+        "norm1": _init_norm(width),
+        "conv1": _init_conv(a, 3, width + 1, width),
+        "norm2": _init_norm(width),
+        "conv2": _init_conv(b, 3, width + 1, width),
+        "norm3": _init_norm(width),
+    }
 
 
 # The stem (a convolution, and for large images two that halve them), the head, the one-layer perceptron.

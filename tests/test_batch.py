@@ -1,0 +1,177 @@
+"""`vmap` means what it says, runs as one native loop, and keeps what is shared shared."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jode
+from jode.batch import native
+
+SOLVERS = {
+    "fixed": jode.Fixed(jode.rk4, 10),
+    "traced": jode.Fixed(jode.heun, jnp.asarray(7)),
+    "adaptive": jode.Adaptive(jode.tsit5, 1e-6, 1e-6, max_steps=200),
+}
+
+
+def small(t, y, w):
+    return jnp.tanh(w @ y) * jnp.cos(t)
+
+
+def large(t, y, w):
+    return {"u": jnp.tanh(y["u"] @ w) + y["v"][0], "v": -y["v"]}
+
+
+STATES = {
+    "small": (small, lambda k: jax.random.normal(k, (3,)), jax.random.normal(jax.random.key(9), (3, 3))),
+    "large": (
+        large,
+        lambda k: {"u": jax.random.normal(k, (5, 8)), "v": jax.random.normal(k, (4,))},
+        jax.random.normal(jax.random.key(9), (8, 8)) / 3,
+    ),
+}
+
+
+def setup(state, solver, ts=(0.0, 0.4, 1.0)):
+    f, draw, w = STATES[state]
+    y0 = jax.vmap(draw)(jax.random.split(jax.random.key(0), 4))
+
+    def loss(y0, w, ts):
+        ys = jode.odeint(f, y0, ts, w, solver=SOLVERS[solver])
+        return sum(jnp.sum(jnp.sin(3 * x)) for x in jax.tree.leaves(ys))
+
+    return loss, y0, w, jnp.array(ts)
+
+
+def close(a, b, tol=1e-11):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=tol, atol=tol)
+
+
+def row(tree, i):
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_rows_are_solved_as_if_alone(state, solver):
+    f, _, w = STATES[state]
+    _, y0, _, ts = setup(state, solver)
+    solve = lambda y0: jode.solve(f, y0, ts, w, solver=SOLVERS[solver])
+    batch = jax.vmap(solve)(y0)
+    for i in range(4):
+        alone = solve(row(y0, i))
+        close(row(batch.ys, i), alone.ys, 1e-13)
+        assert all(np.array_equal(a[i], b) for a, b in zip(batch.stats[:4], alone.stats[:4], strict=True))
+        assert batch.status[i] == alone.status
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_gradient_of_a_batch_and_batch_of_gradients(state, solver):
+    loss, y0, w, ts = setup(state, solver)
+    alone = [jax.jit(jax.grad(loss, (0, 1, 2)))(row(y0, i), w, ts) for i in range(4)]
+    total = lambda y0, w, ts: jnp.sum(jax.vmap(loss, (0, None, None))(y0, w, ts))
+    y0_bar, w_bar, ts_bar = jax.jit(jax.grad(total, (0, 1, 2)))(y0, w, ts)
+    close(y0_bar, jax.tree.map(lambda *x: jnp.stack(x), *[a[0] for a in alone]))
+    close((w_bar, ts_bar), jax.tree.map(lambda *x: sum(x), *[a[1:] for a in alone]))
+    each = jax.jit(jax.vmap(jax.grad(loss, (0, 1, 2)), (0, None, None)))(y0, w, ts)
+    close(each, jax.tree.map(lambda *x: jnp.stack(x), *alone))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("mapped", ["w", "ts", "all"])
+def test_weights_and_times_may_differ_by_row(solver, mapped):
+    loss, y0, w, ts = setup("small", solver)
+    ws = jnp.stack([w, 2 * w, -w, w.T])
+    tss = ts[None] * jnp.array([1.0, 0.5, -1.0, 2.0])[:, None]
+    axes = {"w": (None, 0, None), "ts": (None, None, 0), "all": (0, 0, 0)}[mapped]
+    x = tuple(b if a == 0 else s for a, b, s in zip(axes, (y0, ws, tss), (y0[0], w, ts), strict=True))
+    total = lambda *x: jnp.sum(jax.vmap(loss, axes)(*x))
+    apart = lambda *x: sum(loss(*(v[i] if a == 0 else v for a, v in zip(axes, x, strict=True))) for i in range(4))
+    close(jax.jit(jax.value_and_grad(total, (0, 1, 2)))(*x), jax.jit(jax.value_and_grad(apart, (0, 1, 2)))(*x))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_nested_vmaps_fold(solver):
+    loss, y0, w, ts = setup("small", solver)
+    ws = jnp.stack([w, 0.5 * w])
+    nested = lambda y0, ws: jnp.sum(jax.vmap(lambda w: jax.vmap(lambda y: loss(y, w, ts))(y0))(ws))
+    apart = lambda y0, ws: sum(loss(y, w, ts) for y in y0 for w in ws)
+    close(jax.jit(jax.value_and_grad(nested, (0, 1)))(y0, ws), jax.jit(jax.value_and_grad(apart, (0, 1)))(y0, ws))
+    inner = jax.jit(jax.vmap(jax.grad(lambda w: jnp.sum(jax.vmap(lambda y: loss(y, w, ts))(y0)))))(ws)
+    close(inner, jax.grad(lambda ws: apart(y0, ws))(ws))
+
+
+def test_tolerances_and_step_counts_may_differ_by_row():
+    f, _, w = STATES["small"]
+    _, y0, _, ts = setup("small", "fixed")
+    tols, counts = jnp.array([1e-3, 1e-6, 1e-9]), jnp.array([1, 5, 12])
+    adaptive = lambda tol: jode.solve(f, y0[0], ts, w, solver=jode.Adaptive(jode.tsit5, tol, tol))
+    fixed = lambda n: jode.solve(f, y0[0], ts, w, solver=jode.Fixed(jode.rk4, n))
+    for run, values in ((adaptive, tols), (fixed, counts)):
+        batch = jax.vmap(run)(values)
+        for i, value in enumerate(values):
+            close(batch.ys[i], run(value).ys, 1e-13)
+            assert batch.stats.nfe[i] == run(value).stats.nfe
+    gradient = lambda n: jax.grad(lambda w: jnp.sum(jode.odeint(f, y0[0], ts, w, solver=jode.Fixed(jode.rk4, n))))(w)
+    close(jax.vmap(gradient)(counts), jnp.stack([gradient(n) for n in counts]))
+    close(
+        jax.grad(lambda w: jnp.sum(jax.vmap(lambda n: jode.odeint(f, y0[0], ts, w, solver=jode.Fixed(jode.rk4, n)))(counts)))(w),
+        sum(gradient(n) for n in counts),
+    )
+
+
+def test_hessians_of_a_batch():
+    loss, y0, w, ts = setup("small", "adaptive")
+    total = lambda w: jnp.sum(jax.vmap(loss, (0, None, None))(y0, w, ts))
+    apart = lambda w: sum(loss(y, w, ts) for y in y0)
+    close(jax.jit(jax.hessian(total))(w), jax.jit(jax.hessian(apart))(w), 1e-9)
+
+
+def test_memory_does_not_grow_with_batch_times_weights():
+    """The cotangent of shared weights is one copy, whatever the batch: 128 rows of a 64-128-64 perceptron."""
+    f = lambda t, y, w: jnp.tanh(jnp.tanh(y @ w[0]) @ w[1])
+    w = (jnp.ones((64, 128)), jnp.ones((128, 64)))
+
+    def memory(rows):
+        loss = lambda w, y: jnp.sum(
+            jax.vmap(lambda y: jode.odeint(f, y, (0.0, 1.0), w, solver=jode.Fixed(jode.midpoint, 10))[-1])(y)
+        )
+        stats = jax.jit(jax.grad(loss)).lower(w, jnp.ones((rows, 64))).compile().memory_analysis()
+        return stats.temp_size_in_bytes
+
+    weights = 8 * 2 * 64 * 128
+    assert memory(128) - memory(16) < 112 * 64 * 8 * 40 < 112 * weights / 4
+
+
+@pytest.mark.parametrize("transform", ["plain", "jit", "vmap", "grad_vmap_jit", "scan", "remat"])
+def test_a_native_function_composes(transform):
+    """A function with a batched form of its own under the transformations of JAX; the batched form counts its uses."""
+    used = []
+
+    def form(batch):
+        used.append(batch)
+        if batch is None:
+            return lambda x, w: jnp.sin(x) * w
+        return lambda x, w: jnp.sin(x) * w  # broadcasts over rows as it stands
+
+    f = lambda x, w=2.0: native(form, x, jnp.asarray(w))
+    x = jnp.array([0.1, 0.2])
+    if transform == "plain":
+        close(f(x[0]), 2 * jnp.sin(x[0]))
+    elif transform == "jit":
+        close(jax.jit(jax.grad(f))(x[0]), 2 * jnp.cos(x[0]))
+    elif transform == "vmap":
+        close(jax.vmap(f)(x), 2 * jnp.sin(x))
+        assert any(b is not None and b.size == 2 for b in used)
+    elif transform == "grad_vmap_jit":
+        close(jax.grad(lambda w: jnp.sum(jax.vmap(jax.jit(lambda x: f(x, w)))(x)))(2.0), jnp.sum(jnp.sin(x)))
+    elif transform == "scan":
+        close(
+            jax.grad(lambda x: jax.lax.scan(lambda c, _: (f(c), None), x, None, length=3)[0])(x[0]),
+            jax.grad(lambda x: 2 * jnp.sin(2 * jnp.sin(2 * jnp.sin(x))))(x[0]),
+        )
+    else:
+        close(jax.grad(jax.checkpoint(f))(x[0]), 2 * jnp.cos(x[0]))
