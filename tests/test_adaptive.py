@@ -1,5 +1,7 @@
 """Adaptive solves: work and accuracy on DETEST, tolerances met at the end and at save times, dtypes kept."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,8 +79,17 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize("name", SAVED)
-@pytest.mark.parametrize("method", ["dopri5", "tsit5", "dopri8", "bosh3"])
+@cache
+def saved_truth(name):
+    f, y0, t1 = SAVED[name]
+    solver = jode.Adaptive(jode.dopri8, 1e-13, 1e-13, max_steps=20_000)
+    return jode.odeint(f, jnp.array(y0), jnp.linspace(0.0, t1, 41), solver=solver)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, method) for name in SAVED for method in ("tsit5", "dopri8")] + [("lotka_volterra", "dopri5"), ("van_der_pol", "bosh3")],
+)
 def test_save_times_are_as_good_as_the_end(name, method):
     """A state between steps is as accurate as one that a step ends at, and costs no step."""
     f, y0, t1 = SAVED[name]
@@ -87,7 +98,7 @@ def test_save_times_are_as_good_as_the_end(name, method):
     solver = jode.Adaptive(getattr(jode, method), tol, tol, max_steps=20_000)
     sol = jode.check(jode.solve(f, y0, ts, solver=solver))
     ended = jax.vmap(lambda t: jode.solve(f, y0, jnp.stack([0.0, t]), solver=solver))(ts)
-    true = jode.odeint(f, y0, ts, solver=jode.Adaptive(jode.dopri8, 1e-13, 1e-13, max_steps=20_000))
+    true = saved_truth(name)
     scale = tol * (1 + np.abs(true).max(1))
     between, at_ends = (np.abs(y - true).max(1) / scale for y in (sol.ys, ended.ys[:, -1]))
     assert between.max() <= 3 * at_ends.max() + 1
@@ -151,22 +162,26 @@ def test_a_pytree_state_and_a_complex_state():
 
 @pytest.mark.parametrize("x64", [True, False])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"])
-@pytest.mark.parametrize("times", ["python", "numpy", "jax"])
+@pytest.mark.parametrize("times", ["python", "jax"])
 def test_the_state_keeps_its_dtype(dtype, x64, times):
     if not x64 and dtype in ("float64", "complex128"):
         pytest.skip("needs x64")
     error = {"float16": 1e-2, "bfloat16": 3e-2, "float32": 1e-5, "float64": 1e-9, "complex64": 1e-4, "complex128": 1e-9}[dtype]
     tol = error / 10
     with jax.enable_x64(x64):
-        ts = {"python": (0.0, 0.5, 1.0), "numpy": np.linspace(0, 1, 3), "jax": jnp.linspace(0.0, 1.0, 3)}[times]
+        ts = {"python": (0.0, 1.0), "jax": jnp.linspace(0.0, 1.0, 3)}[times]
         y0 = jnp.array([1.0, 0.5], dtype)
         for solver in (jode.Adaptive(jode.tsit5, tol, tol), jode.Fixed(jode.rk4, 40)):
             sol = jode.solve(lambda t, y, a: -y * jnp.cos(t).astype(y.dtype), y0, ts, solver=solver)
             assert sol.ys.dtype == dtype
             exact = np.array([1.0, 0.5]) * np.exp(-np.sin(1.0))
             assert np.abs(np.asarray(sol.ys[-1]).astype(complex) - exact).max() < error
-        grad = jax.grad(lambda y: jnp.sum(jnp.abs(jode.odeint(lambda t, y, a: -y, y, ts, solver=jode.Fixed(jode.heun, 8))[-1])))(y0)
-        assert grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "complex64"])
+def test_gradients_keep_the_dtype_of_the_state(dtype):
+    loss = lambda y: jnp.sum(jnp.abs(jode.odeint(lambda t, y, a: -y, y, (0.0, 1.0), solver=jode.Fixed(jode.heun, 8))[-1]))
+    assert jax.grad(loss)(jnp.array([1.0, 0.5], dtype)).dtype == dtype
 
 
 def test_leaves_of_different_dtypes_keep_theirs():

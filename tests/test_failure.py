@@ -9,7 +9,7 @@ import jode
 from jode import Status
 
 SOLVERS = {"adaptive": jode.Adaptive(jode.tsit5, 1e-6, 1e-6, max_steps=500), "fixed": jode.Fixed(jode.heun, 100)}
-ADJOINTS = [jode.Backprop(), jode.Backprop(None), jode.Backprop(3)]
+ADJOINTS = [jode.Backprop(), jode.Backprop(3)]
 
 
 def nan_after(sol):
