@@ -201,7 +201,7 @@ def search(solver: Adaptive, F: Field, rows: Rows, ts: Array, y0: State, params:
         end = F(c.t + h, y_new, params)
         ks = [*ks, end]
         e = error(h, c.y, y_new, ks)
-        accept = active & (e <= 1) & _finite(rows, y_new) & _finite(rows, end)
+        accept = active & (e <= 1) & _finite(rows, tuple(x + k for x, k in zip(y_new, end, strict=True)))
         factor = _factor(solver, e, c.errors).astype(c.h.dtype)
         t = jnp.where(accept, t_new, c.t)
         saved = c.saves

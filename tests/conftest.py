@@ -1,7 +1,19 @@
-"""Strict everywhere: float64, no implicit dtype or rank promotion, warnings are errors (pyproject.toml)."""
+"""Strict everywhere: float64, no implicit dtype or rank promotion, warnings are errors (pyproject.toml).
+
+Programs are compiled without XLA's costlier optimisations, which is much faster and means the same; tests of memory ask for
+them with the mark `optimized`.
+"""
 
 import jax
+import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def _compilation(request):
+    jax.config.update("jax_disable_most_optimizations", "optimized" not in request.keywords)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -130,6 +130,7 @@ def test_hessians_of_a_batch():
     close(jax.jit(jax.hessian(total))(w), jax.jit(jax.hessian(apart))(w), 1e-9)
 
 
+@pytest.mark.optimized
 def test_memory_does_not_grow_with_batch_times_weights():
     """The cotangent of shared weights is one copy, whatever the batch: 128 rows of a 64-128-64 perceptron."""
     f = lambda t, y, w: jnp.tanh(jnp.tanh(y @ w[0]) @ w[1])

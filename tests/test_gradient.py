@@ -250,6 +250,7 @@ def test_the_schedule_is_logarithmic():
     assert int(recomputed(jnp.asarray(100_000), 64)) <= 4 * 100_000
 
 
+@pytest.mark.optimized
 def test_memory_follows_the_checkpoints():
     """Bytes of temporaries of a gradient of 1,024 steps on a state of 4,096 numbers."""
 
@@ -265,6 +266,7 @@ def test_memory_follows_the_checkpoints():
     assert memory(4096, jode.Backprop(16)) <= 1.01 * memory(256, jode.Backprop(16))
 
 
+@pytest.mark.optimized
 def test_the_default_never_stores_a_large_multiple_of_the_state():
     """4,096 possible steps of a state of 2 MB would be 8 GB; the default keeps to its budget."""
     loss = lambda y: jnp.sum(jode.odeint(lambda t, y, a: jnp.sin(y), y, (0.0, 1.0), solver=jode.Adaptive())[-1])
@@ -272,6 +274,7 @@ def test_the_default_never_stores_a_large_multiple_of_the_state():
     assert stats.temp_size_in_bytes < 2**26 + 64 * 2**21
 
 
+@pytest.mark.optimized
 def test_a_solve_without_gradients_stores_only_its_save_times():
     solve = jax.jit(lambda y: jode.odeint(lambda t, y, a: jnp.sin(y), y, (0.0, 1.0), solver=jode.Adaptive()))
     assert solve.lower(jnp.ones(2**16)).compile().memory_analysis().temp_size_in_bytes < 24 * 2**19
