@@ -84,7 +84,7 @@ def contestants(f, steps):
         "jode": lambda y0, args: jode.odeint(f, y0, (0.0, 1.0), args, solver=jode.Fixed(jode.midpoint, steps))[-1],
         "diffrax, default": lambda y0, args: with_diffrax(y0, args, dt0=h),
         "diffrax, tuned": tuned,
-        "jax.experimental.ode": lambda y0, args: odeint(
+        "jax.experimental.ode (adaptive: fewer, other steps)": lambda y0, args: odeint(
             lambda y, t, a: f(t, y, a), y0, jnp.array([0.0, 1.0]), args, rtol=1e-4, atol=1e-4
         )[-1],
         "bare f": lambda y0, args: jax.lax.fori_loop(0, 2 * steps, lambda i, y: y + 1e-9 * f(0.0, y, args), y0),

@@ -27,49 +27,42 @@ INK, COLOURS = "#22303c", dict(zip(MODELS, ["#9aa5b1", "#c3b091", "#7fb3d5", "#2
 
 
 def paths(weights, images):
-    """The digits' states through depth: at each layer of ResNet-6, and along ODE-Net with the times of its evaluations."""
+    """The digits' states at each layer of ResNet-6, and along ODE-Net with the times of its evaluations."""
     res, ode = weights["ResNet-6"], weights["ODE-Net"]
-    layers = [
-        jode.odeint(residual, features(res, x), jnp.arange(7.0), res["block"], solver=jode.Layers(jode.euler)) for x in images
-    ]
-    curves = []
+    depths, ts, times, dots = jnp.arange(7.0), jnp.linspace(0, 1, 201), [], []
+
+    def spied(t, y, w):
+        jax.debug.callback(lambda t: times.append(float(t)), t)
+        return vector_field(t, y, w)
+
     for x in images:
-        times = []
-
-        def spied(t, y, w, times=times):
-            jax.debug.callback(lambda t: times.append(float(t)), t)
-            return vector_field(t, y, w)
-
+        times.clear()
         jode.solve(spied, features(ode, x), (0.0, 1.0), ode["block"], solver=MODELS["ODE-Net"][1])
         jax.effects_barrier()
-        dots, fine = np.unique(np.array(times, np.float32)), np.linspace(0, 1, 101, dtype=np.float32)
-        ts = np.unique(np.concatenate([dots, fine]))
-        ys = jode.odeint(vector_field, features(ode, x), ts, ode["block"], solver=MODELS["ODE-Net"][1])
-        curves.append((ts, np.asarray(ys), np.isin(ts, dots)))
-    return np.asarray(layers), curves
+        dots.append(np.array(times))
+    layers = jax.vmap(lambda x: jode.odeint(residual, features(res, x), depths, res["block"], solver=jode.Layers(jode.euler)))
+    curves = jax.vmap(lambda x: jode.odeint(vector_field, features(ode, x), ts, ode["block"], solver=MODELS["ODE-Net"][1]))
+    return flatten(layers(images)), ts, flatten(curves(images)), dots
 
 
-def flatten(states, basis=None):
-    """States as their coordinate along the direction in which they differ most at the end."""
-    last = states[:, -1].reshape(len(states), -1)
-    basis = np.linalg.svd(last - last.mean(0), full_matrices=False)[2][0] if basis is None else basis
-    return states.reshape(*states.shape[:2], -1) @ basis
+def flatten(states):
+    """Each path as its coordinate along the direction in which the paths' ends differ most."""
+    states = np.asarray(states).reshape(*states.shape[:2], -1)
+    ends = states[:, -1] - states[:, -1].mean(0)
+    return states @ np.linalg.svd(ends, full_matrices=False)[2][0]
 
 
 def figure(reports, weights, images, labels, out):
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK})
     fig, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
-    layers, curves = paths(weights, images)
-    ends = np.stack([ys[[0, -1]] for _, ys, _ in curves])
-    basis = np.linalg.svd(ends[:, 1].reshape(len(ends), -1) - ends[:, 1].reshape(len(ends), -1).mean(0), full_matrices=False)[2][0]
-    for i, (z, (ts, ys, dots)) in enumerate(zip(flatten(layers), curves, strict=True)):
-        shade = plt.get_cmap("tab10")(int(labels[i]))
+    layers, ts, curves, dots = paths(weights, images)
+    for z, y, where, label in zip(layers, curves, dots, labels, strict=True):
+        shade = plt.get_cmap("tab10")(int(label))
         a.plot(range(7), z, "-", color=shade, lw=1.2, alpha=0.7)
         a.plot(range(7), z, "o", color=shade, ms=4)
-        y = ys.reshape(len(ts), -1) @ basis
         b.plot(ts, y, "-", color=shade, lw=1.4, alpha=0.8)
-        b.plot(ts[dots], y[dots], "o", color=shade, ms=3.2)
-        b.annotate(str(labels[i]), (1.0, y[-1]), (6, -3), textcoords="offset points", color=shade, weight="bold")
+        b.plot(where, np.interp(where, ts, y), "o", color=shade, ms=3.2)
+        b.annotate(str(label), (1.0, y[-1]), (6, -3), textcoords="offset points", color=shade, weight="bold")
     a.set(title="ResNet-6: six jumps, one evaluation each", xlabel="layer", ylabel="state, main direction")
     b.set(title="ODE-Net: one flow, a dot where f was evaluated", xlabel="depth t", ylabel="state, main direction")
     for r in reports:
