@@ -61,8 +61,7 @@ def solve(f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Any = Adap
     ts = _times(ts, y0)
     solver = _numbers(solver, y0)
     dynamic, static = _partition((f, args, solver))
-    eager = not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((y0, ts, dynamic)))
-    run = _solve_jitted if eager and _hashable(static) and _hashable(adjoint) else _solve
+    run = _solve_jitted if _hashable(static) and _hashable(adjoint) else _solve
     return run(y0, ts, dynamic, static, adjoint)
 
 
