@@ -28,11 +28,18 @@ class Batch(NamedTuple):
     mapped: Any
 
 
+class Promise(NamedTuple):
+    """What a form returns for one trajectory (a pytree of shapes and dtypes), and the effects of running it."""
+
+    out: Any
+    effects: Any
+
+
 class _Native:
     """A form and what is needed to stage it: the jaxpr of each batch it was asked for, traced once."""
 
-    def __init__(self, form: Callable[[Batch | None], Callable], treedef: Any) -> None:
-        self.form, self.treedef, self.jaxprs, self.out_tree = form, treedef, {}, None
+    def __init__(self, form: Callable[[Batch | None], Callable], treedef: Any, promise: Promise | None) -> None:
+        self.form, self.treedef, self.promise, self.jaxprs, self.out_tree = form, treedef, promise, {}, None
 
     def flat(self, rows: tuple | None) -> Callable:
         batch = None if rows is None else Batch(rows[0], jax.tree.unflatten(self.treedef, rows[1]))
@@ -56,15 +63,22 @@ _native_p = Primitive("native_march")
 _native_p.multiple_results = True
 
 
-def native(form: Callable[[Batch | None], Callable], *operands: Any) -> Any:
-    """Call form(None)(*operands), or under `vmap` form(batch)(*operands): outputs then all lead with the row axis."""
+def native(form: Callable[[Batch | None], Callable], *operands: Any, promise: Promise | None = None) -> Any:
+    """Call form(None)(*operands), or under `vmap` form(batch)(*operands): outputs then all lead with the row axis.
+
+    With a `promise` of what comes out, a form that ends up batched is never traced for one trajectory.
+    """
     leaves, treedef = jax.tree.flatten(operands)
-    carrier = _Native(form, treedef)
+    carrier = _Native(form, treedef, promise)
     out = _native_p.bind(*leaves, carrier=carrier, rows=None)
     return jax.tree.unflatten(carrier.out_tree, out)
 
 
 def _abstract(*avals: Any, carrier: _Native, rows: tuple | None) -> tuple:
+    if carrier.promise is not None:
+        out, carrier.out_tree = jax.tree.flatten(carrier.promise.out)
+        lead = (rows[0],) if rows else ()
+        return [jax.core.ShapedArray(lead + x.shape, x.dtype) for x in out], carrier.promise.effects
     staged = carrier.jaxpr(rows, avals)
     return staged.out_avals, staged.effects  # a vector field may print, or call back to count its own calls
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
@@ -13,7 +14,7 @@ from jax import Array
 
 from jode.batch import Rows
 from jode.method import Field, RungeKutta, tsit5
-from jode.tree import State, increment, magnitude, stack_zeros, where, widest
+from jode.tree import State, increment, magnitude, stack_zeros, where, widest, zeros_like
 
 
 class Status(IntEnum):
@@ -95,18 +96,14 @@ class Adaptive:
     factor_max: float = _static(default=10.0)
 
 
-_RUNNING = -1
-
-
 class Search(NamedTuple):
-    """The carry of the adaptive loop. Numbers are columns; `slot` counts the recorded steps, common to all rows."""
+    """The carry of the adaptive loop. Numbers are columns; a row whose next step has no width is done, for good or ill."""
 
     t: Array
-    h: Array
+    width: Array
     y: State
     slope: State
     errors: tuple[Array, ...]
-    status: Array
     accepted: Array
     attempts: Array
     loops: Array
@@ -130,50 +127,28 @@ class Record(NamedTuple):
     states: Any
 
 
-def search(solver: Adaptive, F: Field, rows: Rows, ts: Array, y0: State, params: Any, tol: Any, record: bool, keep: bool) -> Search:
-    """March from ts[0] to ts[-1] with step control, all rows in one loop; finished rows take steps of length zero.
+def search(
+    solver: Adaptive, F: Field, rows: Rows, ts: Array, y0: State, params: Any, tol: dict, record: bool, keep: bool
+) -> Search:
+    """March from ts[0] to ts[-1] with step control, all rows in one loop; rows that are done take steps of width zero.
 
     With `record` the accepted times are kept, with `keep` the states at the start of each accepted step too.
     """
     method = solver.method
-    t0, t1 = rows.spread(ts[0]), rows.spread(ts[-1])
-    forward = t1 >= t0
-    eps = jnp.finfo(t0.dtype).eps
-    rtol, atol, first_step = tol
+    t0, t1 = rows.spread(ts[0]), ts[-1]
+    sign = _sign(ts)
+    norm = partial(_norm, rows, tol)
     interior = ts.shape[0] > 2
-    norm = widest(*(x.dtype for x in y0), default=t0.dtype)
 
-    def scaled(estimate: State, a: State, b: State) -> Array:
-        """Σ (e / (atol + rtol max(|a|, |b|)))² over each row."""
-        total = rows.spread(jnp.zeros((), norm))
-        for e, x, z in zip(estimate, a, b, strict=True):
-            size = jnp.maximum(magnitude(x), magnitude(z))
-            scale = jnp.maximum(atol.astype(size.dtype) + rtol.astype(size.dtype) * size, jnp.finfo(size.dtype).tiny)
-            ratio = magnitude(e) / scale
-            total = total + rows.sum(ratio * ratio).astype(norm)
-        return total
-
-    count = max(1, sum(x.size for x in y0) // (rows.size or 1))
-
-    def error(h: Array, y: State, y1: State, ks: list[State]) -> Array:
-        estimates = [scaled(e, y, y1) for e in method.errors(h, ks)]
-        if len(estimates) == 1:
-            return jnp.sqrt(estimates[0] / count)
-        fifth, third = estimates
-        return fifth / jnp.sqrt(jnp.maximum((fifth + 0.01 * third) * count, jnp.finfo(fifth.dtype).tiny))
+    def reach(t: Array, width: Array) -> Array:
+        """The next width: cut at t1, and zero where it is too small to move t or not a number."""
+        remaining = jnp.abs(t1 - t)
+        width = jnp.minimum(width, remaining)
+        return jnp.where((width > 10 * jnp.finfo(t.dtype).eps * jnp.abs(t)) | (width == remaining), width, 0)
 
     slope = F(t0, y0, params)
-    finite_y, finite_f = _finite(rows, y0), _finite(rows, slope)
-    status = jnp.where(finite_f, _RUNNING, int(Status.nonfinite_dynamics))
-    status = jnp.where(finite_y, status, int(Status.nonfinite_state))
-    status = jnp.where((t0 == t1) & finite_y, int(Status.success), status).astype(jnp.int32)
-    zero = jnp.zeros_like(status)
-    if first_step is None:
-        h = _first_step(method, F, rows, t0, t1, y0, slope, params, scaled, count)
-    else:
-        h = jnp.where(forward, 1, -1).astype(t0.dtype) * jnp.minimum(
-            jnp.abs(rows.spread(first_step)).astype(t0.dtype), jnp.abs(t1 - t0)
-        )
+    width = _first_step(method, F, norm, t0, sign, jnp.abs(t1 - t0), y0, slope, params, tol.get("first_step"))
+    zero = jnp.zeros(t0.shape, jnp.int32)
     saves = None
     if interior:
         same = ts[1:-1] == ts[:1]
@@ -183,26 +158,22 @@ def search(solver: Adaptive, F: Field, rows: Rows, ts: Array, y0: State, params:
         saves = Saves(1 + rows.spread(jnp.sum(same, axis=0)).astype(jnp.int32), zero, ys)
     kept = Record(jnp.zeros((), jnp.int32), stack_zeros(solver.max_steps, t0), stack_zeros(solver.max_steps, y0) if keep else None)
     memory = (jnp.ones_like(t0),) * (2 if solver.dcoeff else 1 if solver.pcoeff else 0)
-    carry = Search(t0, h, y0, slope, memory, status, zero, zero, jnp.zeros((), jnp.int32), saves, kept if record else None)
+    loops = jnp.zeros((), jnp.int32)
+    carry = Search(t0, reach(t0, width), y0, slope, memory, zero, zero, loops, saves, kept if record else None)
 
     def running(c: Search) -> Array:
-        return (c.loops < solver.max_steps) & jnp.any(c.status == _RUNNING)
+        return (c.loops < solver.max_steps) & (jnp.max(c.width, initial=0) > 0)
 
     def attempt(c: Search) -> Search:
-        remaining = t1 - c.t
-        last = jnp.abs(c.h) >= jnp.abs(remaining)
-        stuck = (c.status == _RUNNING) & ~last & ~(jnp.abs(c.h) > 10 * eps * jnp.abs(c.t))
-        status = jnp.where(stuck, int(Status.step_underflow), c.status)
-        active = status == _RUNNING
-        t_new = jnp.where(last, t1, c.t + c.h)
-        h = jnp.where(active, t_new - c.t, 0)
+        active = c.width > 0
+        t_new = jnp.where(c.width == jnp.abs(t1 - c.t), t1, c.t + sign * c.width)
+        h = t_new - c.t
         ks = method.slopes(F, c.t, h, c.y, params, [c.slope])
         y_new = increment(c.y, h, method.tableau.b, ks)
         end = F(c.t + h, y_new, params)
         ks = [*ks, end]
-        e = error(h, c.y, y_new, ks)
-        accept = active & (e <= 1) & _finite(rows, tuple(x + k for x, k in zip(y_new, end, strict=True)))
-        factor = _factor(solver, e, c.errors).astype(c.h.dtype)
+        e = _error(method, norm, h, c.y, y_new, ks)
+        accept = active & (e <= 1)
         t = jnp.where(accept, t_new, c.t)
         saved = c.saves
         if interior:
@@ -213,15 +184,13 @@ def search(solver: Adaptive, F: Field, rows: Rows, ts: Array, y0: State, params:
             if keep:
                 states = jax.tree.map(lambda s, x: s.at[kept.slots].set(x), states, c.y)
             kept = Record(kept.slots + jnp.any(accept).astype(jnp.int32), kept.times.at[kept.slots].set(t), states)
+        memory = (jnp.maximum(e, 1e-4).astype(h.dtype), *c.errors)
         return Search(
             t,
-            jnp.where(active, h * factor, c.h),
+            reach(t, c.width * _factor(solver, e, c.errors).astype(h.dtype)),
             where(accept, y_new, c.y),
             where(accept, end, c.slope),
-            tuple(
-                jnp.where(accept, a, b) for a, b in zip((jnp.maximum(e, 1e-4).astype(c.t.dtype), *c.errors), c.errors, strict=False)
-            ),
-            jnp.where(accept & last, int(Status.success), status).astype(jnp.int32),
+            tuple(jnp.where(accept, a, b) for a, b in zip(memory, c.errors, strict=False)),
             c.accepted + accept.astype(jnp.int32),
             c.attempts + active.astype(jnp.int32),
             c.loops + 1,
@@ -229,8 +198,20 @@ def search(solver: Adaptive, F: Field, rows: Rows, ts: Array, y0: State, params:
             kept,
         )
 
-    out = jax.lax.while_loop(running, attempt, carry)
-    return out._replace(status=jnp.where(out.status == _RUNNING, int(Status.max_steps), out.status).astype(jnp.int32))
+    return jax.lax.while_loop(running, attempt, carry)
+
+
+def ending(rows: Rows, ts: Array, s: Search) -> tuple[Array, Array]:
+    """Whether each row that a search has left arrived at the end, and its status."""
+    arrived = s.t == ts[-1]
+    stuck = jnp.where(_finite(rows, s.slope), int(Status.step_underflow), int(Status.nonfinite_dynamics))
+    status = jnp.where(arrived, int(Status.success), jnp.where(s.width == 0, stuck, int(Status.max_steps)))
+    return arrived, jnp.where(_finite(rows, s.y), status, int(Status.nonfinite_state)).astype(jnp.int32)
+
+
+def _sign(ts: Array) -> Array:
+    """The direction of time."""
+    return jnp.where(ts[-1] >= ts[0], 1, -1).astype(ts.dtype)
 
 
 def _finite(rows: Rows, y: State) -> Array:
@@ -241,6 +222,32 @@ def _finite(rows: Rows, y: State) -> Array:
     return total
 
 
+def _norm(rows: Rows, tol: dict, estimate: State, a: State, b: State) -> Array:
+    """The root mean square over each row of e / (atol + rtol max(|a|, |b|)), as a column."""
+    total, count = rows.spread(jnp.zeros((), widest(*(x.dtype for x in a), default=jnp.float32))), 0
+    for e, x, z in zip(estimate, a, b, strict=True):
+        size = jnp.maximum(magnitude(x), magnitude(z))
+        scale = jnp.maximum(tol["atol"].astype(size.dtype) + tol["rtol"].astype(size.dtype) * size, jnp.finfo(size.dtype).tiny)
+        ratio = magnitude(e) / scale
+        total = total + rows.sum(ratio * ratio).astype(total.dtype)
+        count += x.size // (rows.size or 1)
+    return jnp.sqrt(total / max(1, count))
+
+
+def _guard(estimate: State, y: State, slope: State) -> State:
+    """The estimate, made NaN where a state or its slope is not finite, whether or not the estimate noticed."""
+    return tuple(e + (0 * (x + k)).astype(e.dtype) for e, x, k in zip(estimate, y, slope, strict=True))
+
+
+def _error(method: RungeKutta, norm: Callable, h: Array, y: State, y1: State, ks: list[State]) -> Array:
+    """The scaled error of a step from y to y1, where the last slope is; NaN if the step left the domain."""
+    estimates = [norm(_guard(e, y1, ks[-1]), y, y1) for e in method.errors(h, ks)]
+    if len(estimates) == 1:
+        return estimates[0]
+    fifth, third = estimates  # Hairer, Norsett & Wanner I, section II.10
+    return fifth * fifth / jnp.sqrt(jnp.maximum(fifth * fifth + 0.01 * third * third, jnp.finfo(fifth.dtype).tiny))
+
+
 def _factor(solver: Adaptive, e: Array, memory: tuple[Array, ...]) -> Array:
     """What the next step is multiplied by; a trial that left the domain (NaN) shrinks as far as allowed."""
     order = 1 + (solver.method.tableau.embedded_order or 0)
@@ -249,31 +256,41 @@ def _factor(solver: Adaptive, e: Array, memory: tuple[Array, ...]) -> Array:
     for power, old in zip((p + 2 * d, -d), memory, strict=False):
         factor = factor + power * jnp.log(old.astype(e.dtype))
     factor = solver.safety * jnp.exp(factor)
-    factor = jnp.where(jnp.isnan(e), solver.factor_min, factor)
-    return jnp.clip(factor, solver.factor_min, jnp.where(e <= 1, solver.factor_max, 1.0))
+    factor = jnp.minimum(factor, jnp.where(e <= 1, solver.factor_max, 1.0))
+    return jnp.where(factor > solver.factor_min, factor, solver.factor_min)
 
 
 def _first_step(
-    method: RungeKutta, F: Field, rows: Rows, t0: Array, t1: Array, y0: State, slope: State, params: Any, scaled: Any, count: int
+    method: RungeKutta,
+    F: Field,
+    norm: Callable,
+    t0: Array,
+    sign: Array,
+    span: Array,
+    y0: State,
+    slope: State,
+    params: Any,
+    given: Any,
 ) -> Array:
-    """Hairer, Norsett & Wanner I, section II.4: a step whose Euler guess and second derivative look harmless."""
-    span = jnp.abs(t1 - t0)
-    sign = jnp.where(t1 >= t0, 1, -1).astype(t0.dtype)
-    d0, d1 = (jnp.sqrt(scaled(x, y0, y0) / count) for x in (y0, slope))
+    """The width of the first step, NaN where the state or its slope is not finite.
+
+    Unless given it is that of Hairer, Norsett & Wanner I, section II.4: one whose Euler guess and second derivative look harmless.
+    """
+    if given is not None:
+        return jnp.abs(given).astype(t0.dtype) + norm(_guard(zeros_like(y0), y0, slope), y0, y0).astype(t0.dtype)
+    d0, d1 = norm(y0, y0, y0), norm(_guard(slope, y0, slope), y0, y0)
     guess = jnp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / jnp.where(d1 == 0, 1, d1))
     floor = float(jnp.finfo(t0.dtype).tiny) ** 0.5  # slopes so large that their norm overflows still get a first step
     guess = jnp.minimum(jnp.maximum(guess.astype(t0.dtype), floor), span)
     ahead = F(t0 + sign * guess, increment(y0, sign * guess, (1.0,), [slope]), params)
     bend = tuple(a - b for a, b in zip(ahead, slope, strict=True))
-    d2 = jnp.sqrt(scaled(bend, y0, y0) / count) / jnp.where(guess == 0, 1, guess).astype(d1.dtype)
+    d2 = norm(bend, y0, y0) / jnp.where(guess == 0, 1, guess).astype(d1.dtype)
     worst = jnp.maximum(d1, d2)
-    bold = jnp.where(
-        worst <= 1e-15,
-        jnp.maximum(1e-6, 1e-3 * guess.astype(worst.dtype)),
-        jnp.exp(jnp.log(0.01 / jnp.where(worst <= 1e-15, 1, worst)) / ((method.tableau.embedded_order or 0) + 1)),
-    )
+    power = 1 / ((method.tableau.embedded_order or 0) + 1)
+    bold = jnp.exp(power * jnp.log(0.01 / jnp.where(worst <= 1e-15, 1, worst)))
+    bold = jnp.where(worst <= 1e-15, jnp.maximum(1e-6, 1e-3 * guess.astype(worst.dtype)), bold)
     bold = jnp.where(jnp.isfinite(bold), bold, guess.astype(bold.dtype)).astype(t0.dtype)
-    return sign * jnp.minimum(jnp.maximum(jnp.minimum(100 * guess, bold), floor), span)
+    return jnp.where(jnp.isnan(d1), jnp.nan, jnp.maximum(jnp.minimum(100 * guess, bold), floor))
 
 
 def _save(
@@ -281,7 +298,7 @@ def _save(
 ) -> Saves:
     """Interpolate at every interior save time that the accepted steps have passed."""
     inner = ts.shape[0] - 1
-    sign = jnp.where(rows.spread(ts[-1]) >= rows.spread(ts[0]), 1, -1).astype(ts.dtype)
+    sign = _sign(ts)
 
     def pending(j: Array) -> Array:
         return accept & (j < inner) & (sign * (rows.pick(ts, jnp.minimum(j, inner)) - t) <= 0)

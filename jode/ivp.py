@@ -231,13 +231,13 @@ def _solve(y0: Any, ts: Array, dynamic: list, static: Any, adjoint: Any) -> Solu
     f, args, solver = _combine(dynamic, static)
     layout = Layout.of(y0)
     depth, steps, numbers = _shape(solver, args, ts)
-    field, params = close(f, ts, y0, args, layout, depth)
+    field, params, effects = close(f, ts, y0, args, layout, depth)
     still = (
         replace(solver, rtol=0, atol=0, first_step=None if solver.first_step is None else 0)
         if isinstance(solver, Adaptive)
         else solver
     )
-    plan = Plan(field, still, layout, ts.shape[0], steps, depth)
+    plan = Plan(field, still, layout, ts.shape[0], steps, depth, effects)
     outcome = adjoint.solve(plan, Problem(ts, layout.pack(jax.tree.leaves(y0)), params, numbers))
     ys = jax.tree.unflatten(layout.treedef, layout.unpack(outcome.ys, (ts.shape[0],)))
     return Solution(ts, ys, outcome.stats, outcome.status)
@@ -263,8 +263,8 @@ def _shape(solver: Any, args: Any, ts: Array) -> tuple[int | None, int | None, d
     return depth, depth // intervals, {}
 
 
-def close(f: Callable, ts: Array, y0: Any, args: Any, layout: Layout, depth: int | None) -> tuple[Callable, Params]:
-    """Trace f once: a function of packed states and explicit parameters, and those parameters, closed-over arrays too.
+def close(f: Callable, ts: Array, y0: Any, args: Any, layout: Layout, depth: int | None) -> tuple[Callable, Params, Any]:
+    """Trace f once: a function of packed states and explicit parameters, those parameters (closed-over arrays too), and its effects.
 
     Checks that f returns the structure and shapes of y; a dtype other than the state's is cast to it.
     """
@@ -297,7 +297,7 @@ def close(f: Callable, ts: Array, y0: Any, args: Any, layout: Layout, depth: int
         slopes = jax.core.eval_jaxpr(jaxpr.jaxpr, values[:split], t.astype(time), *layout.unpack(state), *values[split:])
         return layout.pack([k.astype(d) for k, d in zip(slopes, layout.dtypes, strict=True)])
 
-    return field, Params(*buckets)
+    return field, Params(*buckets), jaxpr.effects
 
 
 def _check_slope(out: Any, y0: Any, layout: Layout) -> None:

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jode.batch import SMALL, Batch, Rows
-from jode.grid import Adaptive, Stats, Status, search
+from jode.batch import SMALL, Batch, Promise, Rows
+from jode.grid import Adaptive, Stats, Status, ending, search
 from jode.method import RungeKutta
 from jode.tree import Layout, State, add, increment_stacked, put, take, where, zeros_like
 
@@ -59,6 +59,15 @@ class Plan:
     saves: int
     steps: int | None  # steps between save times; None when that number is data
     depth: int | None  # layers, or None
+    effects: Any  # of evaluating the field
+
+    @property
+    def promise(self) -> Promise:
+        """What a march of one trajectory returns."""
+        one = partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(jnp.int32))
+        ys = tuple(jax.ShapeDtypeStruct((self.saves, *x.shape), x.dtype) for x in self.layout.packed)
+        good = jax.ShapeDtypeStruct((self.saves,), jnp.dtype(bool))
+        return Promise(Outcome(ys, good, Stats(*[one(())] * len(Stats._fields)), one(())), self.effects)
 
     def march(self, batch: Batch | None, mapped: Any) -> Known | Found:
         kind = Found if isinstance(self.solver, Adaptive) else Known
@@ -82,7 +91,7 @@ class _March:
         self.plan, self.rows, self.mapped = plan, rows, mapped
         self.method: RungeKutta = plan.solver.method
         params = mapped.params if rows.size else None
-        self.F = rows.lift(plan.field, params)
+        self.F = jax.jit(rows.lift(plan.field, params))  # traced once, however many stages ask for it
 
     def vjp_slopes(self, t: Array, h: Array, y: State, params: Params, upto: int) -> tuple[State, Callable]:
         """The slopes of one step and their pullback to (t, h, y, (shared, layers))."""
@@ -298,9 +307,8 @@ class Found(_March):
     """A grid found while marching; in reverse it is a known grid of recorded times, and steps have no say in its choice."""
 
     def _search(self, problem: Problem, record: bool, keep: bool) -> Any:
-        n = problem.numbers
-        tol = (n["rtol"], n["atol"], n.get("first_step"))
-        return search(self.plan.solver, self.F, self.rows, problem.ts, problem.y0, problem.params, tol, record, keep)
+        solver, numbers = self.plan.solver, problem.numbers
+        return search(solver, self.F, self.rows, problem.ts, problem.y0, problem.params, numbers, record, keep)
 
     def run(self, problem: Problem) -> Outcome:
         return self.outcome(problem, self._search(problem, False, False))
@@ -310,18 +318,16 @@ class Found(_March):
         return self.outcome(problem, s), (s.record.slots, s.record.times, s.accepted > 0), s.record.states
 
     def outcome(self, problem: Problem, s: Any) -> Outcome:
-        success = s.status == int(Status.success)
-        end = tuple(jnp.where(success, x, jnp.nan).astype(x.dtype) for x in s.y)
+        arrived, status = ending(self.rows, problem.ts, s)
+        end = tuple(jnp.where(arrived, x, jnp.nan).astype(x.dtype) for x in s.y)
         middle = s.saves.ys if s.saves else tuple(jnp.zeros((0, *x.shape), x.dtype) for x in end)
         ys = tuple(jnp.concatenate([x[None], v, z[None]]) for x, v, z in zip(problem.y0, middle, end, strict=True))
-        bad_start = s.status == int(Status.nonfinite_state)
-        ys = tuple(jnp.where(bad_start, jnp.nan, x).astype(x.dtype) for x in ys)
         stages, extra = self.method.tableau.stages, len(self.method.tableau.extra)
         automatic = 2 if self.plan.solver.first_step is None else 1
         dense = extra * s.saves.dense if s.saves else 0
         backward = s.accepted * self.nfe_pull(stages + (1 + extra if s.saves else 0))
         stats = Stats(automatic + stages * s.attempts + dense, s.attempts, s.accepted, s.attempts - s.accepted, backward)
-        return Outcome(ys, self.good(ys), stats, s.status)
+        return Outcome(ys, self.good(ys), stats, status)
 
     def broken(self, grid: Any, good: Array, failed: Array) -> Array:
         """Rows that failed before their first step."""

@@ -44,6 +44,11 @@ class Layout:
     def size(self) -> int:
         return sum(map(_size, self.shapes))
 
+    @property
+    def packed(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes and dtypes of the packed vectors."""
+        return tuple(jax.ShapeDtypeStruct((sum(_size(self.shapes[i]) for i in g),), self.dtypes[g[0]]) for g in self.groups)
+
     def pack(self, leaves: Sequence[Array]) -> State:
         vectors = [[leaves[i].reshape(-1) for i in group] for group in self.groups]
         return tuple(v[0] if len(v) == 1 else jnp.concatenate(v) for v in vectors)

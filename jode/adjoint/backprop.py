@@ -42,7 +42,7 @@ class Backprop:
 
     def solve(self, plan: Plan, problem: Problem) -> Outcome:
         """The outcome of the march, differentiable in reverse; under `vmap` both halves run as one batch."""
-        return native(lambda batch: _differentiable(self, plan, batch), problem)
+        return native(lambda batch: _differentiable(self, plan, batch), problem, promise=plan.promise)
 
     def storage(self, plan: Plan, rows: int) -> tuple[bool, int]:
         """Whether the march stores the state of every step, and how many states to keep if it does not."""
