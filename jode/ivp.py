@@ -264,9 +264,9 @@ def _shape(solver: Any, args: Any, ts: Array) -> tuple[int | None, int | None, d
 
 
 def close(f: Callable, ts: Array, y0: Any, args: Any, layout: Layout, depth: int | None) -> tuple[Callable, Params, Any]:
-    """Trace f once: a function of packed states and explicit parameters, those parameters (closed-over arrays too), and its effects.
+    """Trace f once: a function of packed states and explicit parameters, the parameters, and the function's effects.
 
-    Checks that f returns the structure and shapes of y; a dtype other than the state's is cast to it.
+    Arrays that f closes over are parameters too. f must return the structure and shapes of y; another dtype is cast.
     """
     leaves, treedef = jax.tree.flatten(args)
     arrays = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]

@@ -71,7 +71,8 @@ def test_rows_are_solved_as_if_alone(state, solver):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_gradient_of_a_batch_and_batch_of_gradients(state, solver):
     loss, y0, w, ts = setup(state, solver)
-    alone = [jax.jit(jax.grad(loss, (0, 1, 2)))(row(y0, i), w, ts) for i in range(4)]
+    one = jax.jit(jax.grad(loss, (0, 1, 2)))
+    alone = [one(row(y0, i), w, ts) for i in range(4)]
     total = lambda y0, w, ts: jnp.sum(jax.vmap(loss, (0, None, None))(y0, w, ts))
     y0_bar, w_bar, ts_bar = jax.jit(jax.grad(total, (0, 1, 2)))(y0, w, ts)
     close(y0_bar, jax.tree.map(lambda *x: jnp.stack(x), *[a[0] for a in alone]))
@@ -89,8 +90,12 @@ def test_weights_and_times_may_differ_by_row(solver, mapped):
     axes = {"w": (None, 0, None), "ts": (None, None, 0), "all": (0, 0, 0)}[mapped]
     x = tuple(b if a == 0 else s for a, b, s in zip(axes, (y0, ws, tss), (y0[0], w, ts), strict=True))
     total = lambda *x: jnp.sum(jax.vmap(loss, axes)(*x))
-    apart = lambda *x: sum(loss(*(v[i] if a == 0 else v for a, v in zip(axes, x, strict=True))) for i in range(4))
-    close(jax.jit(jax.value_and_grad(total, (0, 1, 2)))(*x), jax.jit(jax.value_and_grad(apart, (0, 1, 2)))(*x))
+    value, bars = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(*x)
+    one = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+    values, alone = zip(*(one(*(v[i] if a == 0 else v for a, v in zip(axes, x, strict=True))) for i in range(4)), strict=True)
+    close(value, sum(values))
+    for bar, a, each in zip(bars, axes, zip(*alone, strict=True), strict=True):
+        close(bar, jnp.stack(each) if a == 0 else sum(each))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -98,10 +103,12 @@ def test_nested_vmaps_fold(solver):
     loss, y0, w, ts = setup("small", solver)
     ws = jnp.stack([w, 0.5 * w])
     nested = lambda y0, ws: jnp.sum(jax.vmap(lambda w: jax.vmap(lambda y: loss(y, w, ts))(y0))(ws))
-    apart = lambda y0, ws: sum(loss(y, w, ts) for y in y0 for w in ws)
-    close(jax.jit(jax.value_and_grad(nested, (0, 1)))(y0, ws), jax.jit(jax.value_and_grad(apart, (0, 1)))(y0, ws))
+    one = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    values, (y0_bar, ws_bar) = jax.tree.map(lambda *x: jnp.stack(x), *[one(y, w, ts) for w in ws for y in y0])
+    y0_bar, ws_bar = (x.reshape(2, 4, *x.shape[1:]) for x in (y0_bar, ws_bar))
+    close(jax.jit(jax.value_and_grad(nested, (0, 1)))(y0, ws), (jnp.sum(values), (y0_bar.sum(0), ws_bar.sum(1))))
     inner = jax.jit(jax.vmap(jax.grad(lambda w: jnp.sum(jax.vmap(lambda y: loss(y, w, ts))(y0)))))(ws)
-    close(inner, jax.grad(lambda ws: apart(y0, ws))(ws))
+    close(inner, ws_bar.sum(1))
 
 
 def test_tolerances_and_step_counts_may_differ_by_row():
@@ -115,19 +122,18 @@ def test_tolerances_and_step_counts_may_differ_by_row():
         for i, value in enumerate(values):
             close(batch.ys[i], run(value).ys, 1e-13)
             assert batch.stats.nfe[i] == run(value).stats.nfe
-    gradient = lambda n: jax.grad(lambda w: jnp.sum(jode.odeint(f, y0[0], ts, w, solver=jode.Fixed(jode.rk4, n))))(w)
-    close(jax.vmap(gradient)(counts), jnp.stack([gradient(n) for n in counts]))
-    close(
-        jax.grad(lambda w: jnp.sum(jax.vmap(lambda n: jode.odeint(f, y0[0], ts, w, solver=jode.Fixed(jode.rk4, n)))(counts)))(w),
-        sum(gradient(n) for n in counts),
-    )
+    loss = lambda w, n: jnp.sum(jode.odeint(f, y0[0], ts, w, solver=jode.Fixed(jode.rk4, n)))
+    gradient = jax.jit(jax.grad(loss))
+    alone = jnp.stack([gradient(w, n) for n in counts])
+    close(jax.vmap(gradient, (None, 0))(w, counts), alone)
+    close(jax.jit(jax.grad(lambda w: jnp.sum(jax.vmap(loss, (None, 0))(w, counts))))(w), alone.sum(0))
 
 
 def test_hessians_of_a_batch():
     loss, y0, w, ts = setup("small", "adaptive")
     total = lambda w: jnp.sum(jax.vmap(loss, (0, None, None))(y0, w, ts))
-    apart = lambda w: sum(loss(y, w, ts) for y in y0)
-    close(jax.jit(jax.hessian(total))(w), jax.jit(jax.hessian(apart))(w), 1e-9)
+    one = jax.jit(jax.hessian(loss, 1))
+    close(jax.jit(jax.hessian(total))(w), sum(one(y, w, ts) for y in y0), 1e-9)
 
 
 @pytest.mark.optimized
