@@ -64,10 +64,11 @@ class Plan:
     @property
     def promise(self) -> Promise:
         """What a march of one trajectory returns."""
-        one = partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(jnp.int32))
-        ys = tuple(jax.ShapeDtypeStruct((self.saves, *x.shape), x.dtype) for x in self.layout.packed)
-        good = jax.ShapeDtypeStruct((self.saves,), jnp.dtype(bool))
-        return Promise(Outcome(ys, good, Stats(*[one(())] * len(Stats._fields)), one(())), self.effects)
+        shape: Any = jax.ShapeDtypeStruct
+        ys = tuple(shape((self.saves, *x.shape), x.dtype) for x in self.layout.packed)
+        one = shape((), jnp.int32)
+        stats = Stats(*[one] * len(Stats._fields))
+        return Promise(Outcome(ys, shape((self.saves,), bool), stats, one), self.effects)
 
     def march(self, batch: Batch | None, mapped: Any) -> Known | Found:
         kind = Found if isinstance(self.solver, Adaptive) else Known
