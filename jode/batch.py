@@ -102,7 +102,14 @@ def _jvp(primals: tuple, tangents: tuple, *, carrier: _Native, rows: tuple | Non
             leaves[i] = x
         return carrier.flat(rows)(*leaves)
 
-    out, dots = jax.jvp(f, [primals[i] for i in moving], [tangents[i] for i in moving])
+    try:
+        out, dots = jax.jvp(f, [primals[i] for i in moving], [tangents[i] for i in moving])
+    except TypeError as e:
+        if "custom_vjp" not in str(e):
+            raise
+        raise TypeError(
+            "this adjoint has no forward mode: use jode.ForwardMode() under jax.jvp, jax.jacfwd and jax.linearize"
+        ) from e
     inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in out]
     return out, [v if yes else ad.Zero(jax.typeof(x).to_tangent_aval()) for x, v, yes in zip(out, dots, inexact, strict=True)]
 
@@ -136,6 +143,25 @@ _native_p.def_effectful_abstract_eval(_abstract)
 mlir.register_lowering(_native_p, _lower)
 ad.primitive_jvps[_native_p] = _jvp
 batching.primitive_batchers[_native_p] = _batch
+
+
+_one_way_p = Primitive("one_way")
+
+
+def one_way(tree: Any, message: str) -> Any:
+    """The identity, forwards: to transpose it, that is to differentiate it in reverse, raises a TypeError with this message."""
+    return jax.tree.map(lambda x: _one_way_p.bind(x, message=message), tree)
+
+
+def _refuse(*_: Any, message: str) -> Any:
+    raise TypeError(message)
+
+
+_one_way_p.def_impl(lambda x, message: x)
+_one_way_p.def_abstract_eval(lambda x, message: x)
+mlir.register_lowering(_one_way_p, lambda ctx, x, message: [x])
+ad.deflinear2(_one_way_p, _refuse)
+batching.defvectorized(_one_way_p)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jode.batch import Rows
-from jode.method import Field, RungeKutta, tsit5
-from jode.tree import State, increment, magnitude, stack_zeros, where, widest, zeros_like
+from jode.method import Method, Stage, tsit5
+from jode.tree import State, increment, magnitude, stack_zeros, store, where, widest, zeros_like
+
+Field = Callable[[Array, State], State]
 
 
 class Status(IntEnum):
@@ -54,7 +56,7 @@ class Fixed:
     count where an adjoint must store every state.
     """
 
-    method: RungeKutta = _static()
+    method: Method = _static()
     steps: Any = 1
     max_steps: int | None = _static(default=None)
 
@@ -66,9 +68,14 @@ class Layers:
 
     The N layers are divided evenly among the intervals between save times, so t runs over [ts[0], ts[-1]]: with
     `euler` and ts = (0, N) layer n is x + f(n, x, w_n), with ts = (0, 1) it is x + f(n/N, x, w_n) / N.
+
+    `degree` is that of the weights as a piecewise polynomial of depth: with 0 a step sees one slice, with 1 the slices are the
+    weights at the N nodes of N - 1 steps, and a stage sees the line between two of them: with `heun` the network of Sander,
+    Ablin & Peyré 2022. Other leaves than floating ones are those of the step's first node.
     """
 
-    method: RungeKutta = _static()
+    method: Method = _static()
+    degree: int = _static(default=0)
 
 
 @jax.tree_util.register_dataclass
@@ -83,7 +90,7 @@ class Adaptive:
     dtype are raised to that.
     """
 
-    method: RungeKutta = _static(default=tsit5)
+    method: Method = _static(default=tsit5)
     rtol: Any = 1e-6
     atol: Any = 1e-6
     max_steps: int = _static(default=4096)
@@ -101,14 +108,15 @@ class Search(NamedTuple):
 
     t: Array
     width: Array
-    y: State
-    slope: State
+    s: State
+    memo: Any
     errors: tuple[Array, ...]
     accepted: Array
     attempts: Array
     loops: Array
     saves: Any
     record: Any
+    seen: Any
 
 
 class Saves(NamedTuple):
@@ -120,7 +128,7 @@ class Saves(NamedTuple):
 
 
 class Record(NamedTuple):
-    """The accepted steps: the time each ends at, and the state it starts from where that is asked for."""
+    """The accepted steps, common to all rows: the time each ends at, and the state that every so many of them start from."""
 
     slots: Array
     times: Array
@@ -128,14 +136,25 @@ class Record(NamedTuple):
 
 
 def search(
-    solver: Adaptive, F: Field, rows: Rows, ts: Array, y0: State, params: Any, tol: dict, record: bool, keep: bool
+    solver: Adaptive,
+    F: Field,
+    inside: Callable,
+    rows: Rows,
+    ts: Array,
+    s0: State,
+    slope: State,
+    tol: dict,
+    keep: int | None = None,
+    watch: Callable | None = None,
+    seen: Any = None,
 ) -> Search:
     """March from ts[0] to ts[-1] with step control, all rows in one loop; rows that are done take steps of width zero.
 
-    With `record` the accepted times are kept, with `keep` the states at the start of each accepted step too.
+    F(t, y) is the vector field, inside(t, h) what a method sees of it during a step, `slope` its value at the start. With `keep`
+    the accepted times are recorded, and the states that steps 0, keep, 2 keep … start from where it is not 0.
     """
     method = solver.method
-    t0, t1 = rows.spread(ts[0]), ts[-1]
+    t0, t1, y0 = rows.spread(ts[0]), ts[-1], method.read(s0)
     sign = _sign(ts)
     norm = partial(_norm, rows, tol)
     interior = ts.shape[0] > 2
@@ -144,10 +163,10 @@ def search(
         """The next width: cut at t1, and zero where it is too small to move t or not a number."""
         remaining = jnp.abs(t1 - t)
         width = jnp.minimum(width, remaining)
-        return jnp.where((width > 10 * jnp.finfo(t.dtype).eps * jnp.abs(t)) | (width == remaining), width, 0)
+        width = jnp.where((width > 10 * jnp.finfo(t.dtype).eps * jnp.abs(t)) | (width == remaining), width, 0)
+        return jax.lax.stop_gradient(width)  # the choice of the grid is not differentiated
 
-    slope = F(t0, y0, params)
-    width = _first_step(method, F, norm, t0, sign, jnp.abs(t1 - t0), y0, slope, params, tol.get("first_step"))
+    width = _first_step(method, F, norm, t0, sign, jnp.abs(t1 - t0), y0, slope, tol.get("first_step"))
     zero = jnp.zeros(t0.shape, jnp.int32)
     saves = None
     if interior:
@@ -156,57 +175,56 @@ def search(
             jnp.where(same if same.ndim > 1 else same.reshape(-1, *[1] * x.ndim), x[None], jnp.nan).astype(x.dtype) for x in y0
         )
         saves = Saves(1 + rows.spread(jnp.sum(same, axis=0)).astype(jnp.int32), zero, ys)
-    kept = Record(jnp.zeros((), jnp.int32), stack_zeros(solver.max_steps, t0), stack_zeros(solver.max_steps, y0) if keep else None)
+    record = None
+    if keep is not None:
+        states = stack_zeros(-(-solver.max_steps // keep), s0) if keep else None
+        record = Record(jnp.zeros((), jnp.int32), stack_zeros(solver.max_steps, t0), states)
     memory = (jnp.ones_like(t0),) * (2 if solver.dcoeff else 1 if solver.pcoeff else 0)
     loops = jnp.zeros((), jnp.int32)
-    carry = Search(t0, reach(t0, width), y0, slope, memory, zero, zero, loops, saves, kept if record else None)
+    carry = Search(t0, reach(t0, width), s0, method.memo(slope), memory, zero, zero, loops, saves, record, seen)
 
     def running(c: Search) -> Array:
         return (c.loops < solver.max_steps) & (jnp.max(c.width, initial=0) > 0)
 
     def attempt(c: Search) -> Search:
         active = c.width > 0
-        t_new = jnp.where(c.width == jnp.abs(t1 - c.t), t1, c.t + sign * c.width)
+        t_new = jnp.where(c.width == jnp.abs(t1 - c.t), t1, jax.lax.stop_gradient(c.t + sign * c.width))
         h = t_new - c.t
-        ks = method.slopes(F, c.t, h, c.y, params, [c.slope])
-        y_new = increment(c.y, h, method.tableau.b, ks)
-        end = F(c.t + h, y_new, params)
-        ks = [*ks, end]
-        e = _error(method, norm, h, c.y, y_new, ks)
+        G = inside(c.t, h)
+        s_new, K, memo = method.trial(G, h, c.s, c.memo)
+        e = jax.lax.stop_gradient(_error(method, norm, h, c.s, s_new, K))
         accept = active & (e <= 1)
         t = jnp.where(accept, t_new, c.t)
-        saved = c.saves
-        if interior:
-            saved = _save(method, F, rows, ts, c, h, t, accept, ks, params)
+        saved = _save(method, G, rows, ts, c, h, t, accept, K) if interior else None
         kept = c.record
-        if record:
-            states = kept.states
-            if keep:
-                states = jax.tree.map(lambda s, x: s.at[kept.slots].set(x), states, c.y)
+        if keep is not None:
+            states = store(kept.states, kept.slots, keep, c.s) if keep else None
             kept = Record(kept.slots + jnp.any(accept).astype(jnp.int32), kept.times.at[kept.slots].set(t), states)
         memory = (jnp.maximum(e, 1e-4).astype(h.dtype), *c.errors)
         return Search(
             t,
             reach(t, c.width * _factor(solver, e, c.errors).astype(h.dtype)),
-            where(accept, y_new, c.y),
-            where(accept, end, c.slope),
+            where(accept, s_new, c.s),
+            where(accept, memo, c.memo),
             tuple(jnp.where(accept, a, b) for a, b in zip(memory, c.errors, strict=False)),
             c.accepted + accept.astype(jnp.int32),
             c.attempts + active.astype(jnp.int32),
             c.loops + 1,
             saved,
             kept,
+            watch(c.seen, c.t, h, c.s, K, accept) if watch else None,
         )
 
     return jax.lax.while_loop(running, attempt, carry)
 
 
-def ending(rows: Rows, ts: Array, s: Search) -> tuple[Array, Array]:
-    """Whether each row that a search has left arrived at the end, and its status."""
+def ending(method: Method, rows: Rows, ts: Array, slope: State, s: Search) -> tuple[Array, Array]:
+    """Whether each row that a search has left arrived at the end, and its status; `slope` is the one at the start."""
     arrived = s.t == ts[-1]
-    stuck = jnp.where(_finite(rows, s.slope), int(Status.step_underflow), int(Status.nonfinite_dynamics))
+    unmoved = (s.accepted == 0) & ~_finite(rows, slope)
+    stuck = jnp.where(unmoved, int(Status.nonfinite_dynamics), int(Status.step_underflow))
     status = jnp.where(arrived, int(Status.success), jnp.where(s.width == 0, stuck, int(Status.max_steps)))
-    return arrived, jnp.where(_finite(rows, s.y), status, int(Status.nonfinite_state)).astype(jnp.int32)
+    return arrived, jnp.where(_finite(rows, method.read(s.s)), status, int(Status.nonfinite_state)).astype(jnp.int32)
 
 
 def _sign(ts: Array) -> Array:
@@ -234,14 +252,15 @@ def _norm(rows: Rows, tol: dict, estimate: State, a: State, b: State) -> Array:
     return jnp.sqrt(total / max(1, count))
 
 
-def _guard(estimate: State, y: State, slope: State) -> State:
-    """The estimate, made NaN where a state or its slope is not finite, whether or not the estimate noticed."""
-    return tuple(e + (0 * (x + k)).astype(e.dtype) for e, x, k in zip(estimate, y, slope, strict=True))
+def _guard(estimate: State, s: State, slope: State) -> State:
+    """The estimate, made NaN where a state or a slope is not finite, whether or not the estimate noticed."""
+    parts = [s[i : i + len(slope)] for i in range(0, len(s), len(slope) or 1)]
+    return tuple(e + (0 * reduce(jnp.add, xs)).astype(e.dtype) for e, *xs in zip(estimate, slope, *parts, strict=True))
 
 
-def _error(method: RungeKutta, norm: Callable, h: Array, y: State, y1: State, ks: list[State]) -> Array:
-    """The scaled error of a step from y to y1, where the last slope is; NaN if the step left the domain."""
-    estimates = [norm(_guard(e, y1, ks[-1]), y, y1) for e in method.errors(h, ks)]
+def _error(method: Method, norm: Callable, h: Array, s: State, s1: State, K: list[State]) -> Array:
+    """The scaled error of a step from s to s1 with slopes K, NaN if the step left the domain."""
+    estimates = [norm(_guard(e, s1, K[-1]), method.read(s), method.read(s1)) for e in method.errors(h, K)]
     if len(estimates) == 1:
         return estimates[0]
     fifth, third = estimates  # Hairer, Norsett & Wanner I, section II.10
@@ -250,7 +269,7 @@ def _error(method: RungeKutta, norm: Callable, h: Array, y: State, y1: State, ks
 
 def _factor(solver: Adaptive, e: Array, memory: tuple[Array, ...]) -> Array:
     """What the next step is multiplied by; a trial that left the domain (NaN) shrinks as far as allowed."""
-    order = 1 + (solver.method.tableau.embedded_order or 0)
+    order = 1 + (solver.method.embedded_order or 0)
     p, i, d = solver.pcoeff / order, solver.icoeff / order, solver.dcoeff / order
     factor = -(i + p + d) * jnp.log(jnp.maximum(e, jnp.finfo(e.dtype).tiny))
     for power, old in zip((p + 2 * d, -d), memory, strict=False):
@@ -261,16 +280,7 @@ def _factor(solver: Adaptive, e: Array, memory: tuple[Array, ...]) -> Array:
 
 
 def _first_step(
-    method: RungeKutta,
-    F: Field,
-    norm: Callable,
-    t0: Array,
-    sign: Array,
-    span: Array,
-    y0: State,
-    slope: State,
-    params: Any,
-    given: Any,
+    method: Method, F: Field, norm: Callable, t0: Array, sign: Array, span: Array, y0: State, slope: State, given: Any
 ) -> Array:
     """The width of the first step, NaN where the state or its slope is not finite.
 
@@ -282,20 +292,18 @@ def _first_step(
     guess = jnp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / jnp.where(d1 == 0, 1, d1))
     floor = float(jnp.finfo(t0.dtype).tiny) ** 0.5  # slopes so large that their norm overflows still get a first step
     guess = jnp.minimum(jnp.maximum(guess.astype(t0.dtype), floor), span)
-    ahead = F(t0 + sign * guess, increment(y0, sign * guess, (1.0,), [slope]), params)
+    ahead = F(t0 + sign * guess, increment(y0, sign * guess, (1.0,), [slope]))
     bend = tuple(a - b for a, b in zip(ahead, slope, strict=True))
     d2 = norm(bend, y0, y0) / jnp.where(guess == 0, 1, guess).astype(d1.dtype)
     worst = jnp.maximum(d1, d2)
-    power = 1 / ((method.tableau.embedded_order or 0) + 1)
+    power = 1 / ((method.embedded_order or 0) + 1)
     bold = jnp.exp(power * jnp.log(0.01 / jnp.where(worst <= 1e-15, 1, worst)))
     bold = jnp.where(worst <= 1e-15, jnp.maximum(1e-6, 1e-3 * guess.astype(worst.dtype)), bold)
     bold = jnp.where(jnp.isfinite(bold), bold, guess.astype(bold.dtype)).astype(t0.dtype)
     return jnp.where(jnp.isnan(d1), jnp.nan, jnp.maximum(jnp.minimum(100 * guess, bold), floor))
 
 
-def _save(
-    method: RungeKutta, F: Field, rows: Rows, ts: Array, c: Search, h: Array, t: Array, accept: Array, ks: list[State], params: Any
-) -> Saves:
+def _save(method: Method, G: Stage, rows: Rows, ts: Array, c: Search, h: Array, t: Array, accept: Array, K: list[State]) -> Saves:
     """Interpolate at every interior save time that the accepted steps have passed."""
     inner = ts.shape[0] - 1
     sign = _sign(ts)
@@ -308,19 +316,19 @@ def _save(
     def one(carry: tuple) -> tuple:
         j, mask, ys = carry
         theta = (rows.pick(ts, jnp.minimum(j, inner)) - c.t) / jnp.where(h == 0, 1, h)
-        values = increment(c.y, h, method.dense_weights(theta), slopes)
+        values = increment(method.base(theta, c.s), h, method.dense_weights(theta), slopes)
         index = jnp.where(mask, j - 1, inner)
         ys = tuple(rows.write(table, index, v) for table, v in zip(ys, values, strict=True))
         j = j + mask.astype(jnp.int32)
         return j, pending(j), ys
 
-    slopes = ks
-    if method.tableau.extra:
-        extra = jax.lax.cond(
+    slopes = K
+    if method.extra:
+        more = jax.lax.cond(
             jnp.any(due),
-            lambda: tuple(method.slopes(F, c.t, h, c.y, params, ks, len(method.tableau.nodes))[len(ks) :]),
-            lambda: (jax.tree.map(jnp.zeros_like, c.slope),) * len(method.tableau.extra),
+            lambda: tuple(method.refine(G, h, c.s, K)[len(K) :]),
+            lambda: (jax.tree.map(jnp.zeros_like, K[0]),) * method.extra,
         )
-        slopes = [*ks, *extra]
+        slopes = [*K, *more]
     j, _, ys = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), one, (c.saves.next, due, c.saves.ys))
     return Saves(j, c.saves.dense + due.astype(jnp.int32), ys)

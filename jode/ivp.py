@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jode.adjoint import Backprop
+from jode.adjoint import Adjoint, Backprop
 from jode.grid import Adaptive, Fixed, Layers, Stats, Status
 from jode.march import Params, Plan, Problem
-from jode.method import RungeKutta
+from jode.method import Method
 from jode.tree import Layout, State, is_inexact, real_dtype, widest, work_dtype
 
 
@@ -112,13 +112,17 @@ def _check_callables(f: Any, y0: Any, solver: Any, adjoint: Any) -> None:
         what = " (y0 comes second: solve(f, y0, ts, args))" if callable(y0) else ""
         raise TypeError(f"f must be a function f(t, y, args), got {type(f).__name__}{what}")
     if not isinstance(solver, (Fixed, Adaptive, Layers)):
-        hint = f"; for fixed steps of this method write Fixed({solver!r}, steps)" if isinstance(solver, RungeKutta) else ""
+        hint = f"; for fixed steps of this method write Fixed({solver!r}, steps)" if isinstance(solver, Method) else ""
         raise TypeError(f"solver must be jode.Fixed, jode.Adaptive or jode.Layers, got {solver!r}{hint}")
-    if not isinstance(solver.method, RungeKutta):
+    if isinstance(solver, Layers) and solver.degree not in (0, 1):
+        raise ValueError(f"Layers: degree must be 0 (one slice a step) or 1 (slices at the nodes), got {solver.degree!r}")
+    if not isinstance(solver.method, Method):
         raise TypeError(f"solver's method must be a jode method such as jode.tsit5, got {solver.method!r}")
-    if not isinstance(adjoint, Backprop):
+    if not isinstance(adjoint, Adjoint):
         raise TypeError(f"adjoint must be a value such as jode.Backprop(), got {adjoint!r}")
-    if isinstance(solver, Adaptive) and not solver.method.tableau.adaptive:
+    if refusal := adjoint.refusal(solver):
+        raise ValueError(refusal)
+    if isinstance(solver, Adaptive) and solver.method.embedded_order is None:
         raise ValueError(
             f"Adaptive needs a method that estimates its error, and {solver.method!r} has no embedded method: "
             "use heun, midpoint, ralston, bosh3, dopri5, tsit5 or dopri8, or Fixed"
@@ -237,7 +241,7 @@ def _solve(y0: Any, ts: Array, dynamic: list, static: Any, adjoint: Any) -> Solu
         if isinstance(solver, Adaptive)
         else solver
     )
-    plan = Plan(field, still, layout, ts.shape[0], steps, depth, effects)
+    plan = Plan(field, still, layout, ts.shape[0], steps, depth, getattr(solver, "degree", 0), effects)
     outcome = adjoint.solve(plan, Problem(ts, layout.pack(jax.tree.leaves(y0)), params, numbers))
     ys = jax.tree.unflatten(layout.treedef, layout.unpack(outcome.ys, (ts.shape[0],)))
     return Solution(ts, ys, outcome.stats, outcome.status)
@@ -257,10 +261,13 @@ def _shape(solver: Any, args: Any, ts: Array) -> tuple[int | None, int | None, d
     depth = next(iter(depths), None)
     if len(depths) != 1 or depth is None:
         raise ValueError(f"Layers: every array in args must lead with the same depth, got leading axes {sorted(map(str, depths))}")
-    intervals = ts.shape[0] - 1
-    if depth == 0 or depth % intervals:
-        raise ValueError(f"Layers: {depth} layers do not divide evenly among the {intervals} intervals between save times")
-    return depth, depth // intervals, {}
+    intervals, steps = ts.shape[0] - 1, depth - solver.degree
+    if steps < 1 or steps % intervals:
+        raise ValueError(
+            f"Layers: {depth} layers make {max(steps, 0)} steps, which do not divide evenly among the {intervals} intervals "
+            "between save times"
+        )
+    return depth, steps // intervals, {}
 
 
 def close(f: Callable, ts: Array, y0: Any, args: Any, layout: Layout, depth: int | None) -> tuple[Callable, Params, Any]:

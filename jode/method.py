@@ -1,11 +1,12 @@
 """A step and its inverse: explicit Runge-Kutta methods.
 
-A method is a hashable value. It advances a packed state along a vector field F(t, y, params) from t to t + h.
+A method is a hashable value. It advances a packed state over one step of width h along G(c, y), the vector field a fraction c
+of the way into that step; the march says what time that is, and which weights hold there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,93 @@ import jode.tableau as tb
 from jode.tableau import Tableau
 from jode.tree import State, add, combine, increment, increment_stacked, put, stack, stack_zeros, take
 
-Field = Callable[[Array, State, Any], State]
+Stage = Callable[[Any, State], State]
+
+
+class Method:
+    """What a march asks of a method. Its own state s may be several copies of the shape of y, of which y is the first.
+
+    K is the list of slopes of one step that its error estimates and its interpolant are combinations of: the rows of `error`
+    and the polynomials of `dense` (coefficients of θ, θ², …).
+    """
+
+    order: int
+    embedded_order: int | None  # of the solution that the error estimate compares with; None without one
+    evaluations: int  # of the vector field a step,
+    trials: int  # a step that estimates its error,
+    starts: int = 0  # before the first step,
+    extra: int = 0  # and for the interpolant of a step
+    parts: int = 1  # copies of the shape of y in s
+    growth: float = 1.0  # of a rounding error in s through one inverse step, where that is known
+    exact: bool = False  # whether `inverse` inverts `step` up to rounding
+    error: tuple[tuple[float, ...], ...]
+    dense: tuple[tuple[float, ...], ...]
+
+    def start(self, y: State, slope: Callable[[], State]) -> State:
+        """The method's own state for y, given the slope there."""
+        return y
+
+    def read(self, s: State) -> State:
+        """The state y of the method's own state."""
+        return s[: len(s) // self.parts]
+
+    def step(self, G: Stage, h: Array, s: State) -> State:
+        """The state one step on."""
+        raise NotImplementedError
+
+    def inverse(self, G: Stage, h: Array, s1: State) -> State:
+        """The state at the start of the step that ends in s1."""
+        raise NotImplementedError
+
+    def memo(self, slope: State) -> Any:
+        """What a trial step wants to know from the one before, given the slope at the start."""
+        return ()
+
+    def trial(self, G: Stage, h: Array, s: State, memo: Any) -> tuple[State, list[State], Any]:
+        """The state one step on, the slopes K, and the memo for the next step."""
+        raise NotImplementedError
+
+    def refine(self, G: Stage, h: Array, s: State, K: list[State]) -> list[State]:
+        """The slopes K and those that only the interpolant needs."""
+        return K
+
+    def base(self, theta: Array, s: State) -> State:
+        """The state to which the interpolant adds h Σ b_i(θ) k_i."""
+        return self.read(s)
+
+    def dense_weights(self, theta: Array) -> list[Array]:
+        """b_i(θ) of the interpolant, 0 ≤ θ ≤ 1."""
+        return [_horner(row, theta) for row in self.dense]
+
+    def errors(self, h: Array, K: list[State]) -> list[State]:
+        """The method's estimates of its own local error."""
+        return [combine(h, row, K) for row in self.error]
+
+    def pulled(self, dense: bool) -> int:
+        """Evaluations that `vjp` takes, each differentiated too."""
+        return self.trials + self.extra if dense else self.evaluations
+
+    def vjp(self, G: Callable, h: Array, s: State, z: Any, dense: bool, rolled: bool) -> tuple[State | None, Callable]:
+        """The slopes K, stacked (with `dense`), and the map from cotangents of the next state and K to those of (h, s, z).
+
+        G takes (c, y, z): z is everything else that has a cotangent.
+        """
+
+        def forward(h: Array, s: State, z: Any) -> tuple[State, State | None]:
+            def at(c: Any, y: State) -> State:
+                return G(c, y, z)
+
+            if not dense:
+                return self.step(at, h, s), None
+            s1, K, _ = self.trial(at, h, s, ())
+            return s1, stack(self.refine(at, h, s, K))
+
+        (_, K), back = jax.vjp(forward, h, s, z)
+        return K, lambda sbar, kbar: back((sbar, kbar))
 
 
 @dataclass(frozen=True)
-class RungeKutta:
+class RungeKutta(Method):
     """y1 = y0 + h Σ b_i k_i, k_i = F(t + c_i h, y0 + h Σ_j a_ij k_j): an explicit method given by its tableau.
 
     Local error O(h^(p+1)), global O(h^p) for order p; costs one evaluation of F a stage. `jode.RungeKutta(tableau)` makes a
@@ -31,58 +114,89 @@ class RungeKutta:
 
     tableau: Tableau
 
-    @property
-    def order(self) -> int:
-        return self.tableau.order
+    def __post_init__(self) -> None:
+        t = self.tableau
+        of_t = {"order": t.order, "embedded_order": t.embedded_order if t.adaptive else None, "error": t.error, "dense": t.dense}
+        self.__dict__.update(of_t, evaluations=t.stages, trials=t.stages, extra=len(t.extra))
 
     def __repr__(self) -> str:
         return f"jode.{self.tableau.name}"
 
-    def slopes(
-        self, F: Field, t: Array, h: Array, y: State, params: Any, known: list[State] | None = None, upto: int | None = None
-    ) -> list[State]:
+    def slopes(self, G: Stage, h: Array, y: State, known: Sequence[State] = (), upto: int | None = None) -> list[State]:
         """The first `upto` slopes (by default the stages k_1 … k_s), of which the first few may be `known`."""
-        ks = list(known or [])
+        ks = list(known)
         upto = self.tableau.stages if upto is None else upto
         for c, row in list(zip(self.tableau.nodes, self.tableau.rows, strict=True))[len(ks) : upto]:
-            ks.append(F(t + c * h, increment(y, h, row, ks), params))
+            ks.append(G(c, increment(y, h, row, ks)))
         return ks
 
-    def step(self, F: Field, t: Array, h: Array, y: State, params: Any) -> State:
-        """The state at t + h from the state y at t."""
-        return increment(y, h, self.tableau.b, self.slopes(F, t, h, y, params))
+    def step(self, G: Stage, h: Array, s: State) -> State:
+        return increment(s, h, self.tableau.b, self.slopes(G, h, s))
 
-    def vjp_slopes(self, F: Callable, t: Array, h: Array, y: State, shared: Any, upto: int, rolled: bool) -> tuple[State, Callable]:
-        """The first `upto` slopes, stacked, and the map from their cotangents to those of (t, h, y, shared).
+    def inverse(self, G: Stage, h: Array, s1: State) -> State:
+        """The same step with its ends swapped: Sander, Ablin & Peyré 2022.
 
-        F takes (t, y, shared). With κ_i = k̄_i + h Σ_{j>i} a_ji ȳ_j and ȳ_j = (∂F/∂y)ᵀ κ_j at stage j, ȳ = Σ ȳ_j and likewise
-        for the others. `rolled` makes one loop of the stages, forwards and in reverse, and evaluates each again in reverse:
-        for one small state, where XLA would otherwise fuse the stages and recompute them over and over. Otherwise what each
-        stage left is kept.
+        It inverts `step` up to the local error, O(h^(p+1)), and up to O(h^(p+2)) when p is even.
+        """
+        return self.step(lambda c, y: G(1 - c, y), -h, s1)
+
+    def memo(self, slope: State) -> State:
+        return slope
+
+    def trial(self, G: Stage, h: Array, s: State, memo: State) -> tuple[State, list[State], State]:
+        ks = self.slopes(G, h, s, [memo])
+        y1 = increment(s, h, self.tableau.b, ks)
+        end = G(1.0, y1)
+        return y1, [*ks, end], end
+
+    def refine(self, G: Stage, h: Array, s: State, K: list[State]) -> list[State]:
+        return self.slopes(G, h, s, K, len(self.tableau.nodes))
+
+    def pulled(self, dense: bool) -> int:
+        return len(self.tableau.nodes) if dense else self.tableau.stages
+
+    def vjp(self, G: Callable, h: Array, s: State, z: Any, dense: bool, rolled: bool) -> tuple[State, Callable]:
+        K, back = self.vjp_slopes(G, h, s, z, self.pulled(dense), rolled)
+        b = jnp.asarray(np.pad(self.tableau.b, (0, K[0].shape[0] - self.tableau.stages)), h.dtype)
+
+        def pull(sbar: State, kbar: State | None) -> tuple[Array, State, Any]:
+            _, end_back = jax.vjp(lambda h, y, K: increment_stacked(y, h, b, K), h, s, K)
+            hbar, ybar, kbar_b = end_back(sbar)
+            hbar_k, ybar_k, zbar = back(kbar_b if kbar is None else add(kbar, kbar_b))
+            return hbar + hbar_k, add(ybar, ybar_k), zbar
+
+        return K, pull
+
+    def vjp_slopes(self, G: Callable, h: Array, y: State, z: Any, upto: int, rolled: bool) -> tuple[State, Callable]:
+        """The first `upto` slopes, stacked, and the map from their cotangents to those of (h, y, z); G takes (c, y, z).
+
+        With κ_i = k̄_i + h Σ_{j>i} a_ji ȳ_j and ȳ_j = (∂G/∂y)ᵀ κ_j at stage j, ȳ = Σ ȳ_j and likewise for the others. `rolled`
+        makes one loop of the stages, forwards and in reverse, and evaluates each again in reverse: for one small state, where
+        XLA would otherwise fuse the stages and recompute them over and over. Otherwise what each stage left is kept.
         """
         if not rolled or upto == 1:
-            return jax.vjp(lambda *x: stack(self.slopes(F, *x, upto=upto)), t, h, y, shared)
+            return jax.vjp(lambda h, y, z: stack(self.slopes(lambda c, x: G(c, x, z), h, y, upto=upto)), h, y, z)
         table, nodes = self._table(upto, h.dtype)
 
-        def place(i: Array, t: Array, h: Array, y: State, K: State) -> tuple[Array, State]:
-            return t + nodes[i] * h, increment_stacked(y, h, table[i], K)
+        def place(i: Array, h: Array, y: State, K: State) -> State:
+            return increment_stacked(y, h, table[i], K)
 
         def evaluate(K: State, i: Array) -> tuple[State, None]:
-            return put(K, i, F(*place(i, t, h, y, K), shared)), None
+            return put(K, i, G(nodes[i], place(i, h, y, K), z)), None
 
         K, _ = jax.lax.scan(evaluate, stack_zeros(upto, y), jnp.arange(upto))
 
         def pull(kbar: State) -> tuple:
             def stage(n: Array, carry: tuple) -> tuple:
-                kbar, tbar, hbar, ybar, total = carry
+                kbar, hbar, ybar, total = carry
                 i = upto - 1 - n
-                at, place_back = jax.vjp(lambda *x: place(i, *x), t, h, y, K)
-                _, F_back = jax.vjp(F, *at, shared)
-                *placed, sbar = F_back(take(kbar, i))
-                tb, hb, yb, kb = place_back(tuple(placed))
-                return add(kbar, kb), tbar + tb, hbar + hb, add(ybar, yb), add(total, sbar)
+                at, place_back = jax.vjp(lambda *x: place(i, *x), h, y, K)
+                _, G_back = jax.vjp(lambda y, z: G(nodes[i], y, z), at, z)
+                placed, zbar = G_back(take(kbar, i))
+                hb, yb, kb = place_back(placed)
+                return add(kbar, kb), hbar + hb, add(ybar, yb), add(total, zbar)
 
-            zeros = jax.tree.map(jnp.zeros_like, (t, h, y, shared))
+            zeros = jax.tree.map(jnp.zeros_like, (h, y, z))
             return jax.lax.fori_loop(0, upto, stage, (kbar, *zeros))[1:]
 
         return K, pull
@@ -92,27 +206,6 @@ class RungeKutta:
         for i, row in enumerate(self.tableau.rows[:upto]):
             table[i, : len(row)] = row
         return jnp.asarray(table, dtype), jnp.asarray(self.tableau.nodes[:upto], dtype)
-
-    def pull_end(self, h: Array, y: State, K: State, ybar: State) -> tuple[Array, State, State]:
-        """Cotangents of (h, y, K) from that of y1 = y + h Σ b_i k_i."""
-        b = jnp.asarray(np.pad(self.tableau.b, (0, K[0].shape[0] - self.tableau.stages)), h.dtype)
-        _, back = jax.vjp(lambda h, y, K: increment_stacked(y, h, b, K), h, y, K)
-        return back(ybar)
-
-    def inverse(self, F: Field, t: Array, h: Array, y1: State, params: Any) -> State:
-        """The state at t from the state y1 at t + h: the same step with its ends swapped.
-
-        Inverts `step` up to the method's own local error, O(h^(p+1)), and O(h^(p+2)) when p is even.
-        """
-        return self.step(F, t + h, -h, y1, params)
-
-    def dense_weights(self, theta: Array) -> list[Array]:
-        """b_i(θ) of y(t + θh) ≈ y + h Σ b_i(θ) k_i over all slopes, 0 ≤ θ ≤ 1."""
-        return [_horner(row, theta) for row in self.tableau.dense]
-
-    def errors(self, h: Array, ks: list[State]) -> list[State]:
-        """The method's estimates of its own local error."""
-        return [combine(h, row, ks) for row in self.tableau.error]
 
 
 def _horner(coefficients: tuple[float, ...], theta: Array) -> Array:

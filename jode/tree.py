@@ -169,3 +169,17 @@ def stack_zeros(n: int, like: Any) -> Any:
 def magnitude(x: Array) -> Array:
     """|x| in a real dtype of at least float32."""
     return jnp.abs(x).astype(real_dtype(x.dtype))
+
+
+def store(table: Any, i: Any, every: int, value: Any) -> Any:
+    """A table with entry i / every of each leaf replaced where `every` divides i, and as it is elsewhere."""
+    if every == 1:
+        return put(table, i, value)
+    j = i // every
+    return put(table, j, where(i % every == 0, value, take(table, j)))
+
+
+def blend(a: Array, b: Array, c: Any) -> Array:
+    """(1 - c) a + c b."""
+    c = jnp.asarray(c).astype(real_dtype(a.dtype))
+    return ((1 - c) * a.astype(work_dtype(a.dtype)) + c * b.astype(work_dtype(a.dtype))).astype(a.dtype)

@@ -1,4 +1,4 @@
-"""Exact gradients: backpropagation through the steps taken, with the states stored or recomputed."""
+"""Exact gradients: backpropagation through the steps taken, with the states stored or computed again."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jode.batch import Batch, native
-from jode.grid import Adaptive, Status
-from jode.march import Found, Known, Outcome, Params, Plan, Problem, reverse
-from jode.tree import put, stack_zeros, take, where
+from jode.adjoint.discrete import Discrete
+from jode.march import Found, Known, Plan, Problem
+from jode.tree import State, put, stack_zeros, take, where
 
 BUDGET = 2**26  # bytes of states that the default stores
 AUTO = "auto"
 
 
 @dataclass(frozen=True)
-class Backprop:
+class Backprop(Discrete):
     """The exact gradient of the numbers computed, on the grid of steps that the solve took.
 
     `checkpoints=None` stores the state at the start of every step (for `Adaptive` a buffer of max_steps states);
@@ -40,134 +39,43 @@ class Backprop:
         if not (k is None or k == AUTO or (isinstance(k, int) and not isinstance(k, bool) and k >= 1)):
             raise ValueError(f"Backprop: checkpoints must be None (store every step) or a positive int, got {k!r}")
 
-    def solve(self, plan: Plan, problem: Problem) -> Outcome:
-        """The outcome of the march, differentiable in reverse; under `vmap` both halves run as one batch."""
-        return native(lambda batch: _differentiable(self, plan, batch), problem, promise=plan.promise)
+    def keep(self, plan: Plan, rows: int) -> int:
+        return int(self.storage(plan, rows) is None)
 
-    def storage(self, plan: Plan, rows: int) -> tuple[bool, int]:
-        """Whether the march stores the state of every step, and how many states to keep if it does not."""
-        intervals, solver = plan.saves - 1, plan.solver
-        known = isinstance(solver, Adaptive) or plan.steps is not None
-        if isinstance(solver, Adaptive):
-            most = solver.max_steps
-        else:
-            most = intervals * (plan.steps or solver.max_steps or 0) or None
-        keep: Any
+    def straight(self, plan: Plan, rows: int) -> bool:
+        return plan.steps is not None and self.storage(plan, rows) is None
+
+    def again(self, plan: Plan, rows: int, steps: Array) -> Array:
+        checkpoints = self.storage(plan, rows)
+        return jnp.zeros_like(steps) if checkpoints is None else jnp.maximum(recomputed(steps, checkpoints), 0)
+
+    def recovery(self, march: Known | Found, problem: Problem, grid: Any, kept: tuple, ys: State) -> tuple[Any, Callable]:
+        checkpoints = self.storage(march.plan, march.rows.size or 1)
+        if checkpoints is None:
+            return kept[1], lambda i, states: (take(states, i), states)
+        return _recompute(march, problem, grid, checkpoints)
+
+    def storage(self, plan: Plan, rows: int) -> int | None:
+        """How many states to keep; None where every step's is kept by the march itself."""
+        most = plan.most
         if self.checkpoints == AUTO:
-            keep = max(16, BUDGET // max(1, plan.layout.nbytes * rows))
+            checkpoints = max(16, BUDGET // max(1, plan.layout.nbytes * plan.solver.method.parts * rows))
+        elif self.checkpoints is not None:
+            checkpoints = int(self.checkpoints)
+        elif most:
+            return None
         else:
-            keep = most if self.checkpoints is None else self.checkpoints
-        if keep is None:
             raise ValueError(
                 "Backprop(checkpoints=None) with a traced step count cannot know how many states to store: "
                 "give Fixed(..., max_steps=bound), or a number of checkpoints"
             )
-        keep = keep if most is None else min(keep, most)
-        return known and keep == most, keep
-
-
-def _differentiable(adjoint: Backprop, plan: Plan, batch: Batch | None) -> Callable[[Problem], Outcome]:
-    """The march for these rows, with its derivative rule."""
-    stored, keep = adjoint.storage(plan, batch.size if batch else 1)
-
-    @jax.custom_vjp
-    def solve(moving: tuple, still: tuple) -> Outcome:
-        march = _march(plan, batch)
-        return _count(march.leave(march.run(march.enter(_join(moving, still)))), None if stored else keep, plan)
-
-    def forward(moving: tuple, still: tuple) -> tuple:
-        problem = _join(moving, still)
-        if batch is not None:
-            outcome, kept = _trace(plan, batch, problem, stored)
-        else:
-
-            def form(rows: Batch | None) -> Callable:
-                return lambda problem: _trace(plan, rows, problem, stored, leave=True)
-
-            outcome, kept = native(form, problem)
-        outcome = _count(outcome, None if stored else keep, plan)
-        return outcome, (problem, kept, outcome)
-
-    def backward(residuals: tuple, bar: Outcome) -> tuple:
-        problem, kept, outcome = residuals
-        return _pull_back(_march(plan, batch), problem, kept, outcome, bar.ys, None if stored else keep), None
-
-    solve.defvjp(forward, backward)
-    return lambda problem: solve(*_split(problem))
-
-
-def _count(outcome: Outcome, keep: int | None, plan: Plan) -> Outcome:
-    """The outcome with the steps that checkpointing takes again counted."""
-    if keep is None:
-        return outcome
-    count = jnp.vectorize(lambda steps: recomputed(steps, keep))
-    again = jnp.maximum(count(outcome.stats.accepted), 0) * plan.solver.method.tableau.stages
-    return outcome._replace(stats=outcome.stats._replace(nfe_backward=outcome.stats.nfe_backward + again))
-
-
-def _march(plan: Plan, batch: Batch | None) -> Known | Found:
-    return plan.march(batch, batch.mapped[0] if batch else None)
-
-
-def _trace(plan: Plan, batch: Batch | None, problem: Problem, keep: bool, leave: bool = False) -> tuple[Outcome, tuple]:
-    march = _march(plan, batch)
-    outcome, grid, states = march.trace(march.enter(problem), keep)
-    return march.leave(outcome), march.leave_trace(grid, states) if leave else (grid, states)
-
-
-def _pull_back(march: Known | Found, problem: Problem, kept: tuple, outcome: Outcome, ybar: tuple, keep: int | None) -> tuple:
-    """Cotangents of (ts, y0, shared, layers) from those of the saved states.
-
-    A failed row is contained: with zero cotangents on its NaNs it leaves everything else as it is, and with any other it
-    makes what it touches NaN.
-    """
-    rows = march.rows
-    grid, states = kept
-    g = tuple(rows.enter(x, True, 1) for x in ybar)
-    good = rows.column(outcome.good)
-    failed = rows.column(outcome.status) != int(Status.success)
-    poisoned = jnp.zeros_like(failed)
-    mask = rows.over_time(good)
-    for x in g:
-        poisoned = poisoned | ~rows.all(jnp.all(mask | (x == 0), axis=0))
-    g = tuple(jnp.where(mask, x, 0) for x in g)
-    broken = march.broken(grid, good, failed)
-    inner = march.heal(march.enter(problem), broken)
-    if keep is None:
-        store, recover = states, _read
-    else:
-        store, recover = _recompute(march, inner, grid, keep)
-    c = reverse(march, inner, good, grid, g, store, recover)
-    c = c._replace(y=where(broken, tuple(x[0] for x in g), c.y))
-    ts, y, shared, layers = march.leave_cotangents(c)
-
-    broken, poisoned = rows.flat(broken), rows.flat(poisoned)
-
-    def settle(x: Array, mapped: bool, zero: Array = broken) -> Array:
-        if not (mapped or rows.size is None):
-            zero, bad = jnp.all(zero), jnp.any(poisoned)
-        else:
-            shape = (-1,) + (1,) * (x.ndim - 1) if rows.size is not None else ()
-            zero, bad = zero.reshape(shape), poisoned.reshape(shape)
-        return jnp.where(bad, jnp.nan, jnp.where(zero, 0, x)).astype(x.dtype)
-
-    flags = march.mapped or jax.tree.map(lambda _: False, problem)
-    return (
-        settle(ts, flags.ts),
-        tuple(settle(x, m, jnp.zeros_like(broken)) for x, m in zip(y, flags.y0, strict=True)),
-        [settle(x, m) for x, m in zip(shared, flags.params.shared, strict=True)],
-        [settle(x, m) for x, m in zip(layers, flags.params.layers, strict=True)],
-    )
-
-
-def _read(i: Array, states: Any) -> tuple[Any, Any]:
-    """Recover the state at the start of step i: it was stored."""
-    return take(states, i), states
+        return None if most and checkpoints >= most else checkpoints
 
 
 def _recompute(march: Known | Found, problem: Problem, grid: Any, keep: int) -> tuple[Any, Callable]:
     """Recover the state at the start of step i by marching on from the last of at most `keep` checkpoints before it."""
-    states = put(stack_zeros(keep, problem.y0), 0, problem.y0)
+    first = march.begin(problem)
+    states = put(stack_zeros(keep, first), 0, first)
     store = (jnp.zeros((), jnp.int32), jnp.zeros(keep, jnp.int32), states)
 
     def recover(i: Array, store: Any) -> tuple[Any, Any]:
@@ -226,15 +134,3 @@ def _repetitions(steps: Array, c: Array) -> tuple[Array, Array]:
         return r + 1, beta * (c + r + 1) // (r + 1)
 
     return jax.lax.while_loop(lambda s: (s[1] < steps) & (c > 1), grow, (jnp.ones_like(c), c + 1))
-
-
-def _split(problem: Problem) -> tuple[tuple, tuple]:
-    """What carries cotangents, and what does not."""
-    p = problem.params
-    return (problem.ts, problem.y0, p.shared, p.layers), (p.fixed, p.fixed_layers, problem.numbers)
-
-
-def _join(moving: tuple, still: tuple) -> Problem:
-    ts, y0, shared, layers = moving
-    fixed, fixed_layers, numbers = still
-    return Problem(ts, y0, Params(shared, layers, fixed, fixed_layers), numbers)

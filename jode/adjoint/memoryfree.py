@@ -1,0 +1,70 @@
+"""Gradients without stored states: the state at the start of each step is recovered by the inverse step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from jode.adjoint.discrete import Discrete
+from jode.adjoint.rule import drift
+from jode.march import Found, Known, Plan, Problem
+from jode.tree import State, real_dtype, take, where
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class MemoryFree(Discrete):
+    """Backpropagation at recovered states: memory independent of the number of steps, at one more (inverse) step each.
+
+    With the reversible methods the inverse is exact, and so is the gradient up to rounding. With Runge-Kutta methods it is
+    that of Sander, Ablin & Peyré 2022: the exact formula at states that are off by O(h^p) (O(h^(p+1)) for even p) where the
+    dynamics are smooth in depth. Save times of `Fixed` and `Layers` put Runge-Kutta states right again.
+
+    `anchors=k` keeps the state that every k-th step starts from and restarts there; None keeps none. By default k is how many
+    inverse steps let a rounding error grow tenfold in single precision, or ten-thousandfold in double: one state every 2,300 or
+    9,200 steps for Reversible(coupling=0.999), none for the other methods. A row whose recovered initial state is off by more than
+    `max_drift` of its size gets NaN for a gradient.
+    """
+
+    anchors: int | str | None = AUTO
+    max_drift: float = 0.1
+
+    def __post_init__(self) -> None:
+        k = self.anchors
+        if not (k is None or k == AUTO or (isinstance(k, int) and not isinstance(k, bool) and k >= 1)):
+            raise ValueError(f"MemoryFree: anchors must be None or a positive int, got {k!r}")
+
+    def keep(self, plan: Plan, rows: int) -> int:
+        if self.anchors != AUTO:
+            return int(self.anchors or 0) if plan.most else 0
+        growth = math.log(plan.solver.method.growth)
+        bits = max((jnp.finfo(real_dtype(d)).bits for d in plan.layout.dtypes), default=64)
+        every = math.ceil(math.log(1e4 if bits == 64 else 10) / growth) if growth else 0
+        return every if every < plan.most else 0
+
+    def again(self, plan: Plan, rows: int, steps: Array) -> Array:
+        return steps
+
+    def lost(self, march: Known | Found) -> bool:
+        return isinstance(march, Known) and march.method.parts > 1
+
+    def recovery(self, march: Known | Found, problem: Problem, grid: Any, kept: tuple, ys: State) -> tuple[Any, Callable]:
+        last, anchors = kept
+        keep = self.keep(march.plan, march.rows.size or 1)
+
+        def recover(i: Array, s1: State) -> tuple[State, State]:
+            s = march.retreat(problem, grid, i, s1, ys)
+            if keep:
+                s = where(i % keep == 0, take(anchors, i // keep), s)
+            return s, s
+
+        return last, recover
+
+    def astray(self, march: Known | Found, problem: Problem, first: State, ys: State) -> Array:
+        return ~(drift(march, march.method.read(first), problem.y0, ys) <= self.max_drift)

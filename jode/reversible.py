@@ -1,0 +1,208 @@
+"""Methods whose inverse is exact, up to rounding: gradients without stored states lose nothing with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jax import Array
+
+from jode.method import Method, RungeKutta, Stage
+from jode.tree import State, increment, work_dtype
+
+_TRAPEZOID = ((1.0, -0.5), (0.0, 0.5))  # the quadratic with slopes k_1 and k_2 at its ends
+
+
+@dataclass(frozen=True)
+class Reversible(Method):
+    """Any explicit Runge-Kutta method made exactly invertible, by a second copy z of the state.
+
+    With Ψ the increment of `method` and λ = `coupling`,
+
+        y1 = λ y + (1 - λ) z + Ψ_h(t, z),    z1 = z - Ψ_-h(t + h, y1),
+
+    of the order of `method`, at twice its cost a step. The inverse divides by λ, so a rounding error grows by 1/λ a step
+    backwards (McCallum & Foster 2024).
+    """
+
+    method: RungeKutta
+    coupling: float = 0.999
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, RungeKutta):
+            raise TypeError(f"Reversible: method must be a Runge-Kutta method such as jode.midpoint, got {self.method!r}")
+        if not 0 < self.coupling <= 1:
+            raise ValueError(f"Reversible: coupling must lie in (0, 1], got {self.coupling}")
+        m = self.method
+        of_m = {"order": m.order, "embedded_order": m.embedded_order, "error": m.error, "dense": m.dense, "extra": m.extra}
+        cost = {"evaluations": 2 * m.evaluations, "trials": 2 * m.evaluations + 1}
+        self.__dict__.update(of_m, **cost, parts=2, growth=1 / self.coupling, exact=True)
+
+    def __repr__(self) -> str:
+        return f"jode.Reversible({self.method!r}, coupling={self.coupling})"
+
+    def start(self, y: State, slope: Callable[[], State]) -> State:
+        return (*y, *y)
+
+    def _advance(self, G: Stage, h: Array, y: State, z: State, ks: list[State]) -> State:
+        near = increment(_mix(self.coupling, y, z), h, self.method.tableau.b, ks)
+        return (*near, *self._partner(G, -h, z, near, -1.0))
+
+    def _partner(self, G: Stage, back: Array, z: State, near: State, sign: float) -> State:
+        """Z ± Ψ_-h(t + h, y1), the half of a step that its inverse undoes first; `back` is -h."""
+        ks = self.method.slopes(lambda c, x: G(1 - c, x), back, near)
+        return increment(z, back, tuple(sign * b for b in self.method.tableau.b), ks)
+
+    def step(self, G: Stage, h: Array, s: State) -> State:
+        y, z = _halves(s)
+        return self._advance(G, h, y, z, self.method.slopes(G, h, z))
+
+    def inverse(self, G: Stage, h: Array, s1: State) -> State:
+        y1, z1 = _halves(s1)
+        z = self._partner(G, -h, z1, y1, 1.0)
+        weights = tuple(-b / self.coupling for b in self.method.tableau.b)
+        return (*increment(_mix(1 / self.coupling, y1, z), h, weights, self.method.slopes(G, h, z)), *z)
+
+    def trial(self, G: Stage, h: Array, s: State, memo: Any) -> tuple[State, list[State], Any]:
+        y, z = _halves(s)
+        ks = self.method.slopes(G, h, z, upto=self.method.tableau.stages + 1)
+        return self._advance(G, h, y, z, ks[:-1]), ks, ()
+
+    def refine(self, G: Stage, h: Array, s: State, K: list[State]) -> list[State]:
+        return self.method.refine(G, h, _halves(s)[1], K)
+
+    def base(self, theta: Array, s: State) -> State:
+        y, z = _halves(s)
+        return tuple(x + (theta * (1 - self.coupling)).astype(x.dtype) * (w - x) for x, w in zip(y, z, strict=True))
+
+
+@dataclass(frozen=True)
+class ReversibleHeun(Method):
+    """y1 = y + h (f̂ + f̂1) / 2 with ŷ1 = 2 y - ŷ + h f̂ and f̂1 = F(t + h, ŷ1): order 2 at one evaluation a step.
+
+    Its region of stability is a segment of the imaginary axis: for problems that hardly decay (Kidger, Foster, Li & Lyons 2021).
+    """
+
+    order = 2
+    embedded_order = 1
+    evaluations = trials = starts = 1
+    parts = 3
+    exact = True
+    error = ((-0.5, 0.5),)
+    dense = _TRAPEZOID
+
+    def __repr__(self) -> str:
+        return "jode.reversible_heun"
+
+    def start(self, y: State, slope: Callable[[], State]) -> State:
+        return (*y, *y, *slope())
+
+    def step(self, G: Stage, h: Array, s: State) -> State:
+        return self.trial(G, h, s, ())[0]
+
+    def trial(self, G: Stage, h: Array, s: State, memo: Any) -> tuple[State, list[State], Any]:
+        y, shadow, slope = _thirds(s)
+        shadow1 = increment(_mix(2.0, y, shadow), h, (1.0,), [slope])
+        slope1 = G(1.0, shadow1)
+        return (*increment(y, h, (0.5, 0.5), [slope, slope1]), *shadow1, *slope1), [slope, slope1], ()
+
+    def inverse(self, G: Stage, h: Array, s1: State) -> State:
+        y1, shadow1, slope1 = _thirds(s1)
+        shadow = increment(_mix(2.0, y1, shadow1), -h, (1.0,), [slope1])
+        slope = G(0.0, shadow)
+        return (*increment(y1, -h, (0.5, 0.5), [slope, slope1]), *shadow, *slope)
+
+
+@dataclass(frozen=True)
+class Leapfrog(Method):
+    """The asynchronous leapfrog: u = F(t + h/2, z + h v / 2), v1 = 2 u - v, z1 = z + h u: order 2, one evaluation a step.
+
+    v follows the slope of z, and starts there. Stable where the solution oscillates, not where it decays (Zhuang, Dvornek,
+    Tatikonda & Duncan 2021, without damping).
+    """
+
+    order = 2
+    embedded_order = 1
+    evaluations = trials = starts = 1
+    parts = 2
+    exact = True
+    error = ((-0.5, 0.5),)
+    dense = _TRAPEZOID
+
+    def __repr__(self) -> str:
+        return "jode.leapfrog"
+
+    def start(self, y: State, slope: Callable[[], State]) -> State:
+        return (*y, *slope())
+
+    def step(self, G: Stage, h: Array, s: State) -> State:
+        z, v = _halves(s)
+        u = G(0.5, increment(z, h, (0.5,), [v]))
+        return (*increment(z, h, (1.0,), [u]), *_mix(2.0, u, v))
+
+    def inverse(self, G: Stage, h: Array, s1: State) -> State:
+        return self.step(lambda c, y: G(1 - c, y), -h, s1)
+
+    def trial(self, G: Stage, h: Array, s: State, memo: Any) -> tuple[State, list[State], Any]:
+        s1 = self.step(G, h, s)
+        return s1, [_halves(s)[1], _halves(s1)[1]], ()
+
+
+@dataclass(frozen=True)
+class Momentum(Method):
+    """v1 = γ v + (1 - γ) F(t, x), x1 = x + h v1: a residual step with momentum, order 1, one evaluation a step.
+
+    v starts at the slope, so the limit of many steps is the same ODE. The inverse divides by γ, so a rounding error grows by 1/γ a
+    step backwards (Sander, Ablin, Blondel & Peyré 2021).
+    """
+
+    momentum: float = 0.9
+    order = 1
+    embedded_order = None
+    evaluations = trials = starts = 1
+    parts = 2
+    exact = True
+    error = ()
+    dense = _TRAPEZOID
+
+    def __post_init__(self) -> None:
+        if not 0 < self.momentum < 1:
+            raise ValueError(f"Momentum: momentum must lie in (0, 1), got {self.momentum}")
+        self.__dict__.update(growth=1 / self.momentum)
+
+    def __repr__(self) -> str:
+        return f"jode.Momentum({self.momentum})"
+
+    def start(self, y: State, slope: Callable[[], State]) -> State:
+        return (*y, *slope())
+
+    def step(self, G: Stage, h: Array, s: State) -> State:
+        x, v = _halves(s)
+        v1 = _mix(self.momentum, v, G(0.0, x))
+        return (*increment(x, h, (1.0,), [v1]), *v1)
+
+    def inverse(self, G: Stage, h: Array, s1: State) -> State:
+        x1, v1 = _halves(s1)
+        x = increment(x1, -h, (1.0,), [v1])
+        return (*x, *_mix(1 / self.momentum, v1, G(0.0, x)))
+
+
+def _halves(s: State) -> tuple[State, State]:
+    m = len(s) // 2
+    return s[:m], s[m:]
+
+
+def _thirds(s: State) -> tuple[State, State, State]:
+    m = len(s) // 3
+    return s[:m], s[m : 2 * m], s[2 * m :]
+
+
+def _mix(w: float, a: State, b: State) -> State:
+    """W a + (1 - w) b."""
+    dtypes = [work_dtype(x.dtype) for x in a]
+    return tuple((w * x.astype(d) + (1 - w) * z.astype(d)).astype(x.dtype) for x, z, d in zip(a, b, dtypes, strict=True))
+
+
+reversible_heun = ReversibleHeun()
+leapfrog = Leapfrog()
