@@ -221,10 +221,10 @@ def search(
 def ending(method: Method, rows: Rows, ts: Array, slope: State, s: Search) -> tuple[Array, Array]:
     """Whether each row that a search has left arrived at the end, and its status; `slope` is the one at the start."""
     arrived = s.t == ts[-1]
-    unmoved = (s.accepted == 0) & ~_finite(rows, slope)
+    unmoved = (s.accepted == 0) & ~finite(rows, slope)
     stuck = jnp.where(unmoved, int(Status.nonfinite_dynamics), int(Status.step_underflow))
     status = jnp.where(arrived, int(Status.success), jnp.where(s.width == 0, stuck, int(Status.max_steps)))
-    return arrived, jnp.where(_finite(rows, method.read(s.s)), status, int(Status.nonfinite_state)).astype(jnp.int32)
+    return arrived, jnp.where(finite(rows, method.read(s.s)), status, int(Status.nonfinite_state)).astype(jnp.int32)
 
 
 def _sign(ts: Array) -> Array:
@@ -232,7 +232,7 @@ def _sign(ts: Array) -> Array:
     return jnp.where(ts[-1] >= ts[0], 1, -1).astype(ts.dtype)
 
 
-def _finite(rows: Rows, y: State) -> Array:
+def finite(rows: Rows, y: State) -> Array:
     """Whether every component of each row is finite, as a column."""
     total = rows.all(jnp.isfinite(y[0])) if y else rows.spread(jnp.array(True))
     for x in y[1:]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -57,6 +59,8 @@ def solve(f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Any = Adap
         TypeError, ValueError: for wrong structures, shapes, dtypes, times or pairings, when traced.
     """
     _check_callables(f, y0, solver, adjoint)
+    if spy := _SPY.get():
+        f = _Spied(f, spy)
     y0 = _state(y0)
     ts = _times(ts, y0)
     solver = _numbers(solver, y0)
@@ -68,6 +72,29 @@ def solve(f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Any = Adap
 def odeint(f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Any = Adaptive(), adjoint: Any = Backprop()) -> Any:
     """`solve(...).ys`: the states at the save times, without counts or status."""
     return solve(f, y0, ts, args, solver=solver, adjoint=adjoint).ys
+
+
+_SPY: ContextVar[Callable | None] = ContextVar("spy", default=None)
+
+
+@contextmanager
+def spied(spy: Callable) -> Iterator[None]:
+    """Within this context vector fields of solves that are traced call spy(y) at every evaluation."""
+    token = _SPY.set(spy)
+    try:
+        yield
+    finally:
+        _SPY.reset(token)
+
+
+@dataclass(frozen=True)
+class _Spied:
+    f: Callable
+    spy: Callable
+
+    def __call__(self, t: Array, y: Any, args: Any) -> Any:
+        self.spy(y)
+        return self.f(t, y, args)
 
 
 _REMEDIES = {

@@ -220,14 +220,6 @@ class March:
         c = c._replace(s=add(ybar, g), ts=c.ts.at[0].add(tbar), shared=add(c.shared, shared))
         return c._replace(layers=add(c.layers, layers)) if self.method.starts else c
 
-    def good(self, ys: State) -> Array:
-        """Whether the state at each save time is finite, save time first."""
-        total = jnp.ones((), bool)
-        for x in ys:
-            total = total & (jax.vmap(lambda v: self.rows.all(jnp.isfinite(v)))(x))
-        shape = (self.plan.saves, *self.rows.spread(jnp.zeros(())).shape)
-        return jnp.broadcast_to(total, shape)
-
     def heal(self, problem: Problem, broken: Array) -> Problem:
         """Give rows that failed at their first step the data of a row that did not.
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jode.grid import Stats, ending, search
+from jode.grid import Stats, ending, finite, search
 from jode.march.base import Cotangents, March, Outcome, Problem
 from jode.method import Stage
 from jode.tree import State, add, increment_stacked, where, zeros_like
@@ -35,7 +35,7 @@ class Found(March):
         dense = method.extra * s.saves.dense if s.saves else 0
         nfe = automatic + method.trials * s.attempts + dense
         stats = Stats(nfe, s.attempts, s.accepted, s.attempts - s.accepted, s.accepted * self.nfe_pull)
-        return Outcome(ys, self.good(ys), stats, status), s
+        return Outcome(ys, jax.vmap(partial(finite, rows))(ys), stats, status), s
 
     def run(self, problem: Problem) -> Outcome:
         return self._search(problem, None)[0]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jode.grid import Stats, Status
+from jode.grid import Stats, Status, finite
 from jode.march.base import Cotangents, March, Outcome, Problem
 from jode.method import Stage
 from jode.tree import State, add, stack_zeros, store, take, where
@@ -47,13 +47,19 @@ class Known(March):
         t, h = self.span(problem, a, b, k)
         return self.inside(t, h, self.nodes(problem.params, i)), h
 
-    def march(self, problem: Problem, keep: int | None) -> tuple[State, tuple]:
-        """States at the save times; with `keep` also the last state and those that steps 0, keep, 2 keep … start from."""
+    def saved_as(self, s: State) -> tuple[State, Array]:
+        """The state saved, NaN in rows that are not finite (and stay so: every step adds to the state), and which rows are."""
+        y = self.method.read(s)
+        good = finite(self.rows, y)
+        return tuple(jnp.where(good, x, jnp.nan).astype(x.dtype) for x in y), good
+
+    def march(self, problem: Problem, keep: int | None) -> tuple[tuple[State, Array], tuple]:
+        """What is saved, save time first; with `keep` also the last state and those that steps 0, keep, 2 keep … start from."""
         ts, bound = problem.ts, self.bound(problem)
         s0 = self.begin(problem)
         states = stack_zeros(-(-self.plan.most // keep), s0) if keep else None
 
-        def interval(carry: tuple, xs: tuple) -> tuple[tuple, State]:
+        def interval(carry: tuple, xs: tuple) -> tuple[tuple, tuple]:
             a, b, j = xs
 
             def one(k: Array, carry: tuple) -> tuple:
@@ -68,33 +74,31 @@ class Known(March):
                 carry, _ = jax.lax.scan(lambda carry, k: (one(k, carry), None), carry, jnp.arange(bound, dtype=jnp.int32))
             else:
                 carry = jax.lax.fori_loop(0, bound, lambda k, carry: one(jnp.asarray(k, jnp.int32), carry), carry)
-            return carry, self.method.read(carry[0])
+            return carry, self.saved_as(carry[0])
 
         n = self.plan.saves - 1
         xs = (ts[:-1], ts[1:], jnp.arange(n, dtype=jnp.int32))
+        first = self.saved_as(s0)
         if n == 1:
-            carry, y = interval((s0, states), take(xs, 0))
-            return tuple(jnp.stack([x, z]) for x, z in zip(problem.y0, y, strict=True)), carry
-        carry, ys = jax.lax.scan(interval, (s0, states), xs)
-        return tuple(jnp.concatenate([x[None], z]) for x, z in zip(problem.y0, ys, strict=True)), carry
+            carry, last = interval((s0, states), take(xs, 0))
+            return jax.tree.map(lambda x, z: jnp.stack([x, z]), first, last), carry
+        carry, rest = jax.lax.scan(interval, (s0, states), xs)
+        return jax.tree.map(lambda x, z: jnp.concatenate([x[None], z]), first, rest), carry
 
     def run(self, problem: Problem) -> Outcome:
-        return self.outcome(problem, self.march(problem, None)[0])
+        return self.outcome(problem, *self.march(problem, None)[0])
 
     def trace(self, problem: Problem, keep: int) -> tuple[Outcome, Any, tuple]:
         """The outcome, the grid (nothing that the problem does not say), the last state and those kept."""
-        ys, states = self.march(problem, keep)
-        return self.outcome(problem, ys), None, states
+        saved, states = self.march(problem, keep)
+        return self.outcome(problem, *saved), None, states
 
-    def outcome(self, problem: Problem, ys: State) -> Outcome:
-        wrong = ~self.good(ys)  # and so are all later states: every step adds to the state
-        mask = self.rows.over_time(wrong)
-        ys = tuple(jnp.where(mask, jnp.nan, x).astype(x.dtype) for x in ys)
-        status = jnp.where(wrong[-1], int(Status.nonfinite_state), int(Status.success)).astype(jnp.int32)
+    def outcome(self, problem: Problem, ys: State, good: Array) -> Outcome:
+        status = jnp.where(good[-1], int(Status.success), int(Status.nonfinite_state)).astype(jnp.int32)
         steps = (self.plan.saves - 1) * jnp.asarray(self.count(problem), jnp.int32)
         nfe = self.method.starts + steps * self.method.evaluations
         backward = steps * self.nfe_pull
-        return Outcome(ys, ~wrong, Stats(nfe, steps, steps, jnp.zeros((), jnp.int32), backward), status)
+        return Outcome(ys, good, Stats(nfe, steps, steps, jnp.zeros((), jnp.int32), backward), status)
 
     def broken(self, grid: Any, good: Array, failed: Array) -> Array:
         """Rows that failed before their first save time: their later states are never looked at."""
