@@ -65,3 +65,10 @@ def report(name: str, title: str, columns: list[str], rows: list[list[Any]]) -> 
     content = {"title": title, "machine": machine, "columns": columns, "rows": rows}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
     (RESULTS / f"{name}.md").write_text(f"{title}\n\n" + "\n".join(lines) + "\n")
+
+
+def save(figure: Any, name: str) -> None:
+    """Keep a figure beside the results."""
+    RESULTS.mkdir(exist_ok=True)
+    figure.savefig(RESULTS / f"{name}.png", dpi=120)
+    print(f"figure: {RESULTS / name}.png")
