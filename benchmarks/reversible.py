@@ -119,8 +119,19 @@ def draw(best):
             if problem == name:
                 ours = peer.startswith("jode")
                 ax.plot(memory, ms, "o" if ours else "s", color="#c6553b" if ours else "#2d6ca2", ms=7)
-                ax.annotate(peer.split(", ", 1)[1], (memory, ms), (6, 3), textcoords="offset points", fontsize=7)
+                ax.annotate(
+                    peer.split(", ", 1)[1],
+                    (memory, ms),
+                    (7, -9 if "leapfrog" in peer or "default" in peer else 2),
+                    textcoords="offset points",
+                    fontsize=7,
+                )
         ax.set(xscale="log", yscale="log", xlabel="temporaries, MiB", ylabel="ms a gradient", title=name)
+        ax.minorticks_off()
+        ax.set_xticks([x for x in (0.001, 0.01, 0.1, 1, 10) if ax.get_xlim()[0] < x < ax.get_xlim()[1]])
+        ax.set_yticks([y for y in (1, 3, 10, 30, 100, 300, 1000) if ax.get_ylim()[0] < y < ax.get_ylim()[1]])
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"Gradients of {STEPS} steps: jode (red), diffrax (blue)")
     save(figure, "reversible")

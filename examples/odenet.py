@@ -23,7 +23,10 @@ from jode import data, train
 from jode.models import MODELS, classifier, features
 from jode.models.image import residual, vector_field
 
-INK, COLOURS = "#22303c", dict(zip(MODELS, ["#9aa5b1", "#c3b091", "#7fb3d5", "#2e6f9e", "#e0a458", "#c8553d"], strict=True))
+INK, COLOURS = (
+    "#22303c",
+    dict(zip(MODELS, ["#9aa5b1", "#c3b091", "#7fb3d5", "#2e6f9e", "#e0a458", "#c8553d", "#7a1f3d", "#5b8c5a"], strict=True)),
+)
 
 
 def paths(weights, images):
@@ -81,7 +84,7 @@ def figure(reports, weights, images, labels, out):
 def main():
     p = argparse.ArgumentParser(description="Table 1 of Neural ODEs on real digits.")
     p.add_argument("--data", help="folder with MNIST's four IDX .gz files (default: scikit-learn's digits)")
-    p.add_argument("--epochs", type=int, default=15)
+    p.add_argument("--epochs", type=int, default=12)
     p.add_argument("--width", type=int, default=32, help="channels (64 in the paper)")
     p.add_argument("--batch", type=int, default=128)
     p.add_argument("--limit", type=int, help="at most this many training steps a model")

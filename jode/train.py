@@ -149,7 +149,8 @@ def table(reports: list[Report]) -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for r in reports:
-        nfe = f"{np.mean(r.nfe[-50:]):.1f} | {r.nfe_backward:.1f}" if r.nfe and r.nfe[-1] else "– | –"
+        backward = f"{r.nfe_backward:.1f}" if r.nfe_backward else "–"  # none, or not known to the solve
+        nfe = f"{np.mean(r.nfe[-50:]):.1f} | {backward}" if r.nfe and r.nfe[-1] else "– | –"
         left = f"| {r.name} | {100 * r.error:.2f} % | {r.parameters:,} | {r.memory / 2**20:.1f} MiB "
         lines.append(left + f"| {1e3 * r.step_time:.1f} ms | {nfe} |")
     return "\n".join(lines)

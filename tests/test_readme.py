@@ -1,4 +1,4 @@
-"""What the README shows runs."""
+"""What the README and the docs show runs."""
 
 import re
 from pathlib import Path
@@ -6,15 +6,25 @@ from pathlib import Path
 import jax
 import pytest
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 def test_the_snippets_run():
-    assert len(BLOCKS) == 2
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         space = {}
-        for block in BLOCKS:
+        for block in blocks("README.md"):
             exec(block, space)
     assert space["sol"].ys.shape == (50, 2)
     assert space["batch"].ys.shape == (1000, 50, 2)
     assert pytest.approx(float(space["jax"].numpy.sum(space["batch"].status))) == 0
+
+
+def test_the_page_on_adjoints_runs(capsys):
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for block in blocks("docs/adjoints.md"):
+            exec(block, {})
+    assert "MemoryFree()" in capsys.readouterr().out

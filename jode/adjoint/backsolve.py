@@ -58,7 +58,13 @@ class Backsolve(Adjoint):
 def _differentiable(adjoint: Backsolve, plan: Plan, batch: Batch | None) -> Callable[[Problem], Outcome]:
     def run(rows: Batch | None) -> Callable[[Problem], Outcome]:
         march = march_of(plan, rows)
-        return lambda problem: march.leave(march.run(march.enter(problem)))
+
+        def run(problem: Problem) -> Outcome:
+            outcome = march.run(march.enter(problem))
+            unknown = jnp.zeros((), jnp.int32)  # the way back chooses its own steps, later
+            return march.leave(outcome._replace(stats=outcome.stats._replace(nfe_backward=unknown)))
+
+        return run
 
     @jax.custom_vjp
     def solve(moving: tuple, still: tuple) -> Outcome:

@@ -18,13 +18,16 @@ import jode
 
 Weights = dict[str, Any]
 
+# Kind, depth or solver, and adjoint.
 MODELS = {
-    "1-layer MLP": ("mlp", None),
-    "no block": ("none", None),
-    "1-block ResNet": ("resnet", 1),
-    "ResNet-6": ("resnet", 6),
-    "RK-Net": ("ode", jode.Fixed(jode.rk4, 2)),
-    "ODE-Net": ("ode", jode.Adaptive(jode.dopri5, 1e-3, 1e-3, max_steps=64)),
+    "1-layer MLP": ("mlp", None, None),
+    "no block": ("none", None, None),
+    "1-block ResNet": ("resnet", 1, jode.Backprop()),
+    "ResNet-6": ("resnet", 6, jode.Backprop()),
+    "RK-Net": ("ode", jode.Fixed(jode.rk4, 2), jode.Backprop(checkpoints=None)),
+    "ODE-Net": ("ode", jode.Adaptive(jode.dopri5, 1e-3, 1e-3, max_steps=64), jode.Backprop(checkpoints=None)),
+    "ODE-Net, continuous adjoint": ("ode", jode.Adaptive(jode.dopri5, 1e-3, 1e-3, max_steps=64), jode.Backsolve()),
+    "ODE-Net, reversible": ("ode", jode.Fixed(jode.reversible_heun, 8), jode.MemoryFree()),
 }
 
 
@@ -39,7 +42,7 @@ class Classifier:
 
 def classifier(name: str, shape: tuple[int, int, int], width: int = 64, classes: int = 10) -> Classifier:
     """A model of `MODELS` for images of this shape; `width` channels inside."""
-    kind, what = MODELS[name]
+    kind, what, adjoint = MODELS[name]
     if kind == "mlp":
         return Classifier(name, partial(_init_mlp, shape=shape, classes=classes), _apply_mlp)
     return Classifier(
@@ -53,7 +56,7 @@ def classifier(name: str, shape: tuple[int, int, int], width: int = 64, classes:
             shrink=shape[0] > 12,
             classes=classes,
         ),
-        partial(_apply_net, kind=kind, solver=what),
+        partial(_apply_net, kind=kind, solver=what, adjoint=adjoint),
     )
 
 
@@ -79,12 +82,11 @@ def vector_field(t: Array, x: Array, w: Weights) -> Array:
     return _norm(w["norm3"], x)
 
 
-def _apply_net(weights: Weights, image: Array, *, kind: str, solver: Any) -> tuple[Array, tuple[Any, Any]]:
+def _apply_net(weights: Weights, image: Array, *, kind: str, solver: Any, adjoint: Any) -> tuple[Array, tuple[Any, Any]]:
     x, nfe = features(weights, image), (0, 0)
     if kind == "resnet":
-        sol = jode.solve(residual, x, (0.0, float(solver)), weights["block"], solver=jode.Layers(jode.euler))
+        sol = jode.solve(residual, x, (0.0, float(solver)), weights["block"], solver=jode.Layers(jode.euler), adjoint=adjoint)
     elif kind == "ode":
-        adjoint = jode.Backprop(checkpoints=None)
         sol = jode.solve(vector_field, x, (0.0, 1.0), weights["block"], solver=solver, adjoint=adjoint)
     if kind != "none":
         x, nfe = sol.ys[-1], (sol.stats.nfe, sol.stats.nfe_backward)
