@@ -1,5 +1,7 @@
 """Every way to a gradient: exact where it says so, and off by what it says elsewhere."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,7 +104,7 @@ def weights(n, rough=False):
 def test_memory_free_residual_networks_err_as_theory_says(method, degree, rough, slope):
     """Sander, Ablin & Peyré 2022: the gradient is off by O(1/N), with Heun and smooth weights by O(1/N²) or better."""
     block = lambda t, x, w: jnp.tanh(w @ x)
-    depths, errors = [16, 32, 64, 128, 256, 512], []
+    depths, errors = [16, 64, 256, 512], []
     for n in depths:
         w = weights(n + degree, rough)
         loss = lambda x, w, a: jnp.sum(
@@ -175,6 +177,14 @@ SMOOTH = [jode.Backprop(), jode.Backprop(3), jode.MemoryFree(), jode.Backsolve()
 SOLVERS = [jode.Fixed(jode.rk4, 60), jode.Fixed(jode.rk4, jnp.asarray(60)), jode.Adaptive(jode.tsit5, 1e-10, 1e-10, max_steps=256)]
 
 
+@cache
+def truth():
+    """Gradients of the sum of squares at t = 1 from two states, and a Hessian-vector product, of the exact flow."""
+    solver, ys, v = jode.Adaptive(jode.dopri8, 1e-12, 1e-12), jnp.stack([Y0, 2 * Y0]), jnp.ones_like(W)
+    grad = jax.jit(jax.grad(lambda w, y: jnp.sum(jode.odeint(field, y, (0.0, 1.0), w, solver=solver)[-1] ** 2)))
+    return [grad(W, y) for y in ys], jax.jit(lambda w: jax.jvp(lambda w: grad(w, Y0), (w,), (v,))[1])(W)
+
+
 @pytest.mark.parametrize("adjoint", [jode.MemoryFree(), jode.Backsolve()], ids=str)
 @pytest.mark.parametrize("solver", SOLVERS, ids=["fixed", "traced", "adaptive"])
 def test_adjoints_under_the_transformations_of_jax(solver, adjoint):
@@ -182,16 +192,16 @@ def test_adjoints_under_the_transformations_of_jax(solver, adjoint):
     loss = lambda w, y, a: jnp.sum(jode.odeint(field, y, (0.0, 1.0), w, solver=solver, adjoint=a)[-1] ** 2)
     ys = jnp.stack([Y0, 2 * Y0])
     total = lambda w, a: jnp.sum(jax.vmap(lambda y: loss(w, y, a))(ys))
-    exact = [jax.jit(jax.grad(loss), static_argnums=2)(W, y, jode.Backprop()) for y in ys]
+    exact, true_hvp = truth()
     np.testing.assert_allclose(jax.jit(jax.grad(total), static_argnums=1)(W, adjoint), sum(exact), rtol=2e-7, atol=1e-8)
     each = jax.jit(jax.vmap(jax.grad(lambda w, y: loss(w, y, adjoint)), (None, 0)))(W, ys)
     np.testing.assert_allclose(each, jnp.stack(exact), rtol=2e-7, atol=1e-8)
     v = jnp.ones_like(W)
-    hvp = lambda a: jax.jit(lambda w: jax.jvp(jax.grad(lambda w: loss(w, Y0, a)), (w,), (v,))[1])(W)
-    np.testing.assert_allclose(hvp(adjoint), hvp(jode.Backprop()), rtol=1e-5, atol=1e-6)
-    twice = lambda: jax.grad(lambda w: jnp.sum(jax.grad(lambda w: loss(w, Y0, adjoint))(w) * v))(W)
+    hvp = jax.jit(lambda w: jax.jvp(jax.grad(lambda w: loss(w, Y0, adjoint)), (w,), (v,))[1])(W)
+    np.testing.assert_allclose(hvp, true_hvp, rtol=1e-5, atol=1e-6)
+    twice = lambda: jax.jit(jax.grad(lambda w: jnp.sum(jax.grad(lambda w: loss(w, Y0, adjoint))(w) * v)))(W)
     if isinstance(adjoint, jode.MemoryFree) and isinstance(solver.steps if isinstance(solver, jode.Fixed) else None, int):
-        np.testing.assert_allclose(twice(), hvp(jode.Backprop()), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(twice(), true_hvp, rtol=1e-5, atol=1e-6)
     else:
         with pytest.raises(TypeError, match="reverse over reverse"):
             twice()

@@ -35,7 +35,12 @@ class Found(March):
         dense = method.extra * s.saves.dense if s.saves else 0
         nfe = automatic + method.trials * s.attempts + dense
         stats = Stats(nfe, s.attempts, s.accepted, s.attempts - s.accepted, s.accepted * self.nfe_pull)
-        return Outcome(ys, jax.vmap(partial(finite, rows))(ys), stats, status), s
+        return Outcome(ys, self.good(ys), stats, status), s
+
+    def good(self, ys: State) -> Array:
+        """Whether each saved state is finite, save time first."""
+        every = jnp.ones((self.plan.saves, *self.rows.spread(jnp.zeros(())).shape), bool)
+        return every & jax.vmap(partial(finite, self.rows))(ys) if ys else every
 
     def run(self, problem: Problem) -> Outcome:
         return self._search(problem, None)[0]
