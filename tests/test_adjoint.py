@@ -41,11 +41,11 @@ def test_memory_free_is_exact_on_reversible_methods(method):
     assert gap(gradient(solver, jode.MemoryFree())(Y0, W, TS), exact) <= 1e-11
 
 
-@pytest.mark.parametrize("method", [jode.Reversible(jode.tsit5), jode.reversible_heun, jode.leapfrog], ids=str)
+@pytest.mark.parametrize("method", [jode.Reversible(jode.bosh3), jode.reversible_heun, jode.leapfrog], ids=str)
 def test_memory_free_is_exact_on_adaptive_reversible_methods(method):
     solver = jode.Adaptive(method, 1e-5, 1e-5, max_steps=800)
     sol = jode.solve(field, Y0, TS, W, solver=solver)
-    truth = jode.odeint(field, Y0, TS, W, solver=jode.Adaptive(jode.dopri8, 1e-12, 1e-12))
+    truth = jode.odeint(field, Y0, TS, W, solver=jode.Fixed(jode.rk4, 200))
     np.testing.assert_allclose(sol.ys, truth, atol=1e-3)
     exact = gradient(solver, jode.Backprop(None))(Y0, W, TS)
     assert gap(gradient(solver, jode.MemoryFree())(Y0, W, TS), exact) <= 1e-11
@@ -104,7 +104,7 @@ def weights(n, rough=False):
 def test_memory_free_residual_networks_err_as_theory_says(method, degree, rough, slope):
     """Sander, Ablin & Peyré 2022: the gradient is off by O(1/N), with Heun and smooth weights by O(1/N²) or better."""
     block = lambda t, x, w: jnp.tanh(w @ x)
-    depths, errors = [16, 64, 256, 512], []
+    depths, errors = [16, 90, 512], []
     for n in depths:
         w = weights(n + degree, rough)
         loss = lambda x, w, a: jnp.sum(

@@ -9,9 +9,9 @@ import jode
 from jode.batch import native
 
 SOLVERS = {
-    "fixed": jode.Fixed(jode.rk4, 10),
+    "fixed": jode.Fixed(jode.midpoint, 10),
     "traced": jode.Fixed(jode.heun, jnp.asarray(7)),
-    "adaptive": jode.Adaptive(jode.tsit5, 1e-6, 1e-6, max_steps=200),
+    "adaptive": jode.Adaptive(jode.bosh3, 1e-4, 1e-4, max_steps=200),
 }
 
 
@@ -81,8 +81,9 @@ def test_gradient_of_a_batch_and_batch_of_gradients(state, solver):
     close(each, jax.tree.map(lambda *x: jnp.stack(x), *alone))
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("mapped", ["w", "ts", "all"])
+@pytest.mark.parametrize(
+    ("solver", "mapped"), [("adaptive", "w"), ("adaptive", "ts"), ("fixed", "ts"), *((solver, "all") for solver in SOLVERS)]
+)
 def test_weights_and_times_may_differ_by_row(solver, mapped):
     loss, y0, w, ts = setup("small", solver)
     ws = jnp.stack([w, 2 * w, -w, w.T])
@@ -114,15 +115,15 @@ def test_nested_vmaps_fold(solver):
 def test_tolerances_and_step_counts_may_differ_by_row():
     f, _, w = STATES["small"]
     _, y0, _, ts = setup("small", "fixed")
-    tols, counts = jnp.array([1e-3, 1e-6, 1e-9]), jnp.array([1, 5, 12])
-    adaptive = lambda tol: jode.solve(f, y0[0], ts, w, solver=jode.Adaptive(jode.tsit5, tol, tol))
-    fixed = lambda n: jode.solve(f, y0[0], ts, w, solver=jode.Fixed(jode.rk4, n))
+    tols, counts = jnp.array([1e-2, 1e-4, 1e-6]), jnp.array([1, 5, 12])
+    adaptive = lambda tol: jode.solve(f, y0[0], ts, w, solver=jode.Adaptive(jode.bosh3, tol, tol))
+    fixed = lambda n: jode.solve(f, y0[0], ts, w, solver=jode.Fixed(jode.heun, n))
     for run, values in ((adaptive, tols), (fixed, counts)):
         batch = jax.vmap(run)(values)
         for i, value in enumerate(values):
             close(batch.ys[i], run(value).ys, 1e-13)
             assert batch.stats.nfe[i] == run(value).stats.nfe
-    loss = lambda w, n: jnp.sum(jode.odeint(f, y0[0], ts, w, solver=jode.Fixed(jode.rk4, n)))
+    loss = lambda w, n: jnp.sum(jode.odeint(f, y0[0], ts, w, solver=jode.Fixed(jode.heun, n)))
     gradient = jax.jit(jax.grad(loss))
     alone = jnp.stack([gradient(w, n) for n in counts])
     close(jax.vmap(gradient, (None, 0))(w, counts), alone)

@@ -70,8 +70,7 @@ def hand_gradient(name, saves):
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
-@pytest.mark.parametrize("saves", [2, 3])
-@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize(("name", "saves"), [*((name, 3) for name in FIXED), ("rk4", 2), ("traced", 2)])
 def test_fixed_steps_equal_autodiff_of_a_loop(name, saves, adjoint):
     solver, ts = FIXED[name], jnp.linspace(0.0, 1.0, saves)
     ours = jax.jit(jax.grad(loss_of(solver, adjoint), (0, 1, 2)))(Y0, ARGS["a"], ts)
@@ -118,8 +117,10 @@ def test_adaptive_steps_equal_autodiff_of_a_loop_over_the_accepted_grid(adjoint)
     assert len(grid) > 3
 
 
-@pytest.mark.parametrize("saves", [2, 5])
-@pytest.mark.parametrize(("name", "direction"), [("rk4", -1.0), ("traced", 1.0), ("tsit5", 1.0), ("tsit5", -1.0), ("dopri8", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "direction", "saves"),
+    [("rk4", -1.0, 5), ("traced", 1.0, 5), ("tsit5", 1.0, 2), ("tsit5", -1.0, 5), ("tsit5", 1.0, 5), ("dopri8", 1.0, 5)],
+)
 def test_every_input_matches_finite_differences(name, direction, saves):
     """y0, args, t0, t1 and every save time between."""
     x = (Y0, ARGS["a"], direction * jnp.linspace(0.0, 1.0, saves) ** 1.3)
@@ -136,8 +137,7 @@ def test_every_input_matches_finite_differences(name, direction, saves):
             assert abs(fd - g[j]) <= 1e-6 * max(1, np.abs(g).max())
 
 
-@pytest.mark.parametrize("name", ["rk4", "traced", "tsit5"])
-@pytest.mark.parametrize("saves", [2, 4])
+@pytest.mark.parametrize(("name", "saves"), [("rk4", 4), ("traced", 4), ("tsit5", 4), ("tsit5", 2)])
 def test_second_derivatives(name, saves):
     """Forward over reverse, against differences of the gradient; reverse over reverse too on a grid of static length."""
     ts, a = jnp.linspace(0.0, 1.0, saves), ARGS["a"]
