@@ -284,3 +284,16 @@ def test_a_solve_without_gradients_stores_only_its_save_times():
     assert solve.lower(jnp.ones(2**16)).compile().memory_analysis().temp_size_in_bytes < 24 * 2**19
     scan = jax.jit(lambda y: jode.odeint(lambda t, y, a: jnp.sin(y), y, (0.0, 1.0), solver=jode.Fixed(jode.rk4, 4096)))
     assert scan.lower(jnp.ones(2**16)).compile().memory_analysis().temp_size_in_bytes < 8 * 2**19
+
+
+@pytest.mark.parametrize("direction", [1.0, -1.0])
+def test_save_times_at_the_start_have_the_slope_for_a_derivative(direction):
+    """Repeated save times, at the start too: the same cotangents as on a grid known beforehand, for one and for a batch."""
+    ys = jnp.stack([Y0, 1.1 * Y0])
+
+    def loss(solver):
+        one = lambda y, ts: jnp.sum(jode.odeint(f, y, ts, ARGS, solver=solver) * jnp.arange(1.0, 11.0).reshape(5, 2))
+        return jax.jit(jax.grad(lambda ts: one(Y0, ts) + jnp.sum(jax.vmap(one, (0, None))(ys, ts))))
+
+    for ts in (direction * jnp.array([0.0, 0.0, 0.5, 0.5, 1.0]), jnp.zeros(5)):
+        np.testing.assert_allclose(loss(SOLVERS["tsit5"])(ts), loss(jode.Fixed(jode.dopri5, 60))(ts), rtol=1e-6, atol=1e-6)

@@ -14,7 +14,7 @@ from jax import Array
 from jode.adjoint.rule import Adjoint, contained, drift, join, only_forward_over_reverse, split
 from jode.batch import Batch, native
 from jode.grid import Adaptive, Fixed, Status, search
-from jode.march import Cotangents, Found, Known, Outcome, Plan, Problem, march_of
+from jode.march import Cotangents, Found, Known, Outcome, Plan, Problem, inner, march_of
 from jode.method import RungeKutta, Stage
 from jode.tree import State, add, increment, real_dtype, stack, take, zeros_like
 
@@ -98,7 +98,7 @@ def _solve_back(adjoint: Backsolve, march: Known | Found, good: Array, ys: State
         a, shared, t0bar, wrong = carry
         y, gi = take(ys, i), take(g, i)
         start, end = ts[i], ts[i - 1]
-        here = _inner(rows, F(rows.spread(start), y, params), gi).astype(ts.dtype)
+        here = inner(rows, F(rows.spread(start), y, params), gi).astype(ts.dtype)
         a = add(a, gi)
         idle = _zero(rows, a)
         span = jnp.stack([jnp.where(idle, end, start), rows.spread(end)])
@@ -115,14 +115,6 @@ def _solve_back(adjoint: Backsolve, march: Known | Found, good: Array, ys: State
         tsbar = jnp.sum(tsbar, axis=(1, 2))
     a = add(a, tuple(x[0] for x in g))
     return Cotangents(a, tsbar.reshape(problem.ts.shape), shared, zeros_like(params.layers), None), wrong
-
-
-def _inner(rows: Any, k: State, g: State) -> Array:
-    """<k, g> by row, in JAX's convention for complex cotangents."""
-    total = rows.spread(jnp.zeros(()))
-    for x, z in zip(k, g, strict=True):
-        total = total + jnp.real(rows.sum(x * z)).astype(total.dtype)
-    return total
 
 
 def _zero(rows: Any, a: State) -> Array:

@@ -243,3 +243,11 @@ class March:
             for leaves, flags, lead in zip(problem.params, self.mapped.params, (0, 1, 0, 1), strict=True)
         ]
         return problem._replace(y0=tuple(lend(x, True) for x in problem.y0), params=Params(*lent))
+
+
+def inner(rows: Rows, k: State, g: State) -> Array:
+    """<k, g> by row, in JAX's convention for complex cotangents."""
+    total = rows.spread(jnp.zeros(()))
+    for x, z in zip(k, g, strict=True):
+        total = total + jnp.real(rows.sum(x * z)).astype(total.dtype)
+    return total

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jode.grid import Stats, ending, finite, search
-from jode.march.base import Cotangents, March, Outcome, Problem
+from jode.march.base import Cotangents, March, Outcome, Problem, inner
 from jode.method import Stage
 from jode.tree import State, add, increment_stacked, where, zeros_like
 
@@ -122,8 +122,14 @@ class Found(March):
         return Cotangents(add(sbar, sbar_step), tsbar, add(c.shared, shared), c.layers, j)
 
     def end(self, problem: Problem, g: State, c: Cotangents) -> Cotangents:
-        """Save times at the start itself see y0, and its time through the vector field."""
-        ts = problem.ts
-        same = (ts[:-1] == ts[:1]).at[0].set(True)
+        """Save times at the start itself see y0; if they moved on, the state saved would move along the slope there."""
+        if not g:
+            return self.finish(problem, g, c)
+        ts, rows, y0 = problem.ts, self.rows, problem.y0
+        same = ts == ts[:1]
         spread = (lambda x: same) if same.ndim > 1 else (lambda x: same.reshape(-1, *[1] * (x.ndim - 1)))
-        return self.finish(problem, tuple(jnp.sum(jnp.where(spread(x), x[:-1], 0), axis=0).astype(x.dtype) for x in g), c)
+        at_start = tuple(jnp.where(spread(x), x, 0).astype(x.dtype) for x in g)
+        slope = self.F(rows.spread(ts[0]), y0, problem.params)
+        moved = jax.vmap(lambda x: rows.gather(inner(rows, slope, x).astype(ts.dtype), ts[0]))(tuple(x[1:] for x in at_start))
+        c = c._replace(ts=c.ts.at[1:].add(moved).at[0].add(-jnp.sum(moved, axis=0)))
+        return self.finish(problem, tuple(jnp.sum(x[:-1], axis=0) for x in at_start), c)
