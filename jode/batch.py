@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 SMALL = 32  # components up to which a state is small
+FEW = 4
 
 
 class Batch(NamedTuple):
@@ -223,6 +225,8 @@ class Rows:
         return jnp.sum(x, axis=-2 if self.axis == -1 else -1, keepdims=True)
 
     def all(self, x: Array) -> Array:
+        if self.size is None and x.ndim == 1 and 0 < x.shape[0] <= FEW:
+            return reduce(jnp.logical_and, [x[i] for i in range(x.shape[0])])  # fuses with what reads it; a reduction does not
         if self.size is None:
             return jnp.all(x)
         return jnp.all(x, axis=-2 if self.axis == -1 else -1, keepdims=True)
