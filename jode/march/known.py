@@ -77,12 +77,11 @@ class Known(March):
             return carry, self.saved_as(carry[0])
 
         n = self.plan.saves - 1
-        xs = (ts[:-1], ts[1:], jnp.arange(n, dtype=jnp.int32))
         first = self.saved_as(s0)
         if n == 1:
-            carry, last = interval((s0, states), take(xs, 0))
+            carry, last = interval((s0, states), (ts[0], ts[1], jnp.zeros((), jnp.int32)))
             return jax.tree.map(lambda x, z: jnp.stack([x, z]), first, last), carry
-        carry, rest = jax.lax.scan(interval, (s0, states), xs)
+        carry, rest = jax.lax.scan(interval, (s0, states), (ts[:-1], ts[1:], jnp.arange(n, dtype=jnp.int32)))
         return jax.tree.map(lambda x, z: jnp.concatenate([x[None], z]), first, rest), carry
 
     def run(self, problem: Problem) -> Outcome:
