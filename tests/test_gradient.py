@@ -112,7 +112,7 @@ def test_adaptive_steps_equal_autodiff_of_a_loop_over_the_accepted_grid(adjoint)
     ours = jax.grad(
         lambda y0, a: jnp.sum(jode.odeint(f, y0, (0.0, 1.0), {**ARGS, "a": a}, solver=solver, adjoint=adjoint)[-1] ** 2), (0, 1)
     )
-    for a, b in zip(ours(Y0, ARGS["a"]), jax.grad(loss, (0, 1))(Y0, ARGS["a"]), strict=True):
+    for a, b in zip(jax.jit(ours)(Y0, ARGS["a"]), jax.grad(loss, (0, 1))(Y0, ARGS["a"]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
     assert len(grid) > 3
 
@@ -160,11 +160,11 @@ def test_second_derivatives_inside_an_outer_scan():
         def body(y, _):
             return jode.odeint(f, y, (0.0, 0.3), {**ARGS, "a": a}, solver=jode.Fixed(jode.rk4, 4))[-1], None
 
-        return jnp.sum(jax.lax.scan(body, Y0, None, length=3)[0] ** 2)
+        return jnp.sum(jax.lax.scan(body, Y0, None, length=2)[0] ** 2)
 
     def unrolled(a):
         y = Y0
-        for _ in range(3):
+        for _ in range(2):
             y = jode.odeint(f, y, (0.0, 0.3), {**ARGS, "a": a}, solver=jode.Fixed(jode.rk4, 4))[-1]
         return jnp.sum(y**2)
 
@@ -286,8 +286,7 @@ def test_a_solve_without_gradients_stores_only_its_save_times():
     assert scan.lower(jnp.ones(2**16)).compile().memory_analysis().temp_size_in_bytes < 8 * 2**19
 
 
-@pytest.mark.parametrize("direction", [1.0, -1.0])
-def test_save_times_at_the_start_have_the_slope_for_a_derivative(direction):
+def test_save_times_at_the_start_have_the_slope_for_a_derivative():
     """Repeated save times, at the start too: the same cotangents as on a grid known beforehand, for one and for a batch."""
     ys = jnp.stack([Y0, 1.1 * Y0])
 
@@ -295,5 +294,7 @@ def test_save_times_at_the_start_have_the_slope_for_a_derivative(direction):
         one = lambda y, ts: jnp.sum(jode.odeint(f, y, ts, ARGS, solver=solver) * jnp.arange(1.0, 11.0).reshape(5, 2))
         return jax.jit(jax.grad(lambda ts: one(Y0, ts) + jnp.sum(jax.vmap(one, (0, None))(ys, ts))))
 
-    for ts in (direction * jnp.array([0.0, 0.0, 0.5, 0.5, 1.0]), jnp.zeros(5)):
-        np.testing.assert_allclose(loss(SOLVERS["tsit5"])(ts), loss(jode.Fixed(jode.dopri5, 60))(ts), rtol=1e-6, atol=1e-6)
+    found, known = loss(SOLVERS["tsit5"]), loss(jode.Fixed(jode.dopri5, 60))
+    ts = jnp.array([0.0, 0.0, 0.5, 0.5, 1.0])
+    for x in (ts, -ts, 0 * ts):
+        np.testing.assert_allclose(found(x), known(x), rtol=1e-6, atol=1e-6)

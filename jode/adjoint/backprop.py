@@ -15,6 +15,7 @@ from jode.march import Found, Known, Plan, Problem
 from jode.tree import State, put, stack_zeros, take, where
 
 BUDGET = 2**26  # bytes of states that the default stores
+PLENTY = 1000  # checkpoints that reverse half a million steps with two repetitions of each
 AUTO = "auto"
 
 
@@ -25,7 +26,7 @@ class Backprop(Discrete):
     `checkpoints=None` stores the state at the start of every step (for `Adaptive` a buffer of max_steps states);
     `checkpoints=k` stores k of them and recomputes the others from those, placed by the binomial schedule of Griewank &
     Walther 2000: n ≤ C(k + r, r) steps are each taken again at most r times. The default stores every state where that
-    takes less than 64 MiB for the whole batch, and otherwise as many as fit there (at least 16). The stages of each step are
+    takes less than 64 MiB for the whole batch, and otherwise as many as fit there (16 to 1,000). The stages of each step are
     recomputed and differentiated, so a gradient costs some three to four times the solve.
 
     Second derivatives: forward over reverse (`jax.hessian`, `jax.jvp` of `jax.grad`) always; reverse over reverse where
@@ -69,7 +70,9 @@ class Backprop(Discrete):
                 "Backprop(checkpoints=None) with a traced step count cannot know how many states to store: "
                 "give Fixed(..., max_steps=bound), or a number of checkpoints"
             )
-        return None if most and checkpoints >= most else checkpoints
+        if most and checkpoints >= most:
+            return None
+        return min(checkpoints, PLENTY) if self.checkpoints == AUTO else checkpoints
 
 
 def _recompute(march: Known | Found, problem: Problem, grid: Any, keep: int) -> tuple[Any, Callable]:
@@ -109,7 +112,7 @@ def stride(steps: Array, free: Array) -> Array:
     With β(c, r) = C(c + r, r) the largest number of steps that c checkpoints reverse with r repetitions of each, and r the
     least that suffices, max(β(c, r - 2), steps - β(c - 1, r)) is optimal (Griewank & Walther 2000, Algorithm 799).
     """
-    c = jnp.minimum(free, 1000) + 1
+    c = jnp.minimum(free, PLENTY) + 1
     r, beta = _repetitions(steps, c)
     fewer_repeats = beta * r // (c + r) * (r - 1) // (c + r - 1)
     fewer_checkpoints = beta * c // (c + r)
@@ -121,7 +124,7 @@ def recomputed(steps: Array, checkpoints: int) -> Array:
     """How many steps the schedule takes again in all: r n - β(c + 1, r - 1) for n steps and c checkpoints."""
     if checkpoints == 1:
         return steps * (steps - 1) // 2
-    c = jnp.asarray(min(checkpoints, 1000), jnp.int32)
+    c = jnp.asarray(min(checkpoints, PLENTY), jnp.int32)
     r, beta = _repetitions(steps, c)
     return jnp.where(steps <= checkpoints, steps - 1, r * steps - beta * r // (c + 1))
 
