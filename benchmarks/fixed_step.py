@@ -21,7 +21,7 @@ def main():
         for peer, solve in contestants(f, steps).items():
             run = jax.vmap(solve, (0, None)) if batched else solve
             programs[peer], costs[peer] = compiled(run, y0, args)
-        times = race(programs, y0, args, repeats=15, seconds=0.5)
+        times = race(programs, y0, args, repeats=41, seconds=2.0)
         hand = programs["hand-written scan"](y0, args)
         for peer, seconds in times.items():
             gap = (

@@ -1,7 +1,7 @@
 """Is a residual network an ODE solver? Table 1 of Neural ODEs (Chen et al. 2018) on real handwritten digits.
 
     python examples/odenet.py                              # the 1,797 digits of scikit-learn, a few minutes
-    python examples/odenet.py --data DIR --epochs 2 --width 64   # MNIST, from its four IDX .gz files in DIR
+    python examples/odenet.py --data DIR --epochs 2 --width 64 --batch 128   # MNIST, from its four IDX .gz files
 
 Prints one table and saves one figure (odenet.png): how a digit travels through the layers of ResNet-6 and through the
 depth of ODE-Net, what that costs as training goes on, and what it is good for.
@@ -84,9 +84,9 @@ def figure(reports, weights, images, labels, out):
 def main():
     p = argparse.ArgumentParser(description="Table 1 of Neural ODEs on real digits.")
     p.add_argument("--data", help="folder with MNIST's four IDX .gz files (default: scikit-learn's digits)")
-    p.add_argument("--epochs", type=int, default=12)
+    p.add_argument("--epochs", type=int, default=9)
     p.add_argument("--width", type=int, default=32, help="channels (64 in the paper)")
-    p.add_argument("--batch", type=int, default=128)
+    p.add_argument("--batch", type=int, default=32)
     p.add_argument("--limit", type=int, help="at most this many training steps a model")
     p.add_argument("--out", type=Path, default=Path("odenet.png"), help="where the figure goes; a .json of the numbers beside it")
     args = p.parse_args()
