@@ -23,14 +23,14 @@ def test_detest(name):
     """25 problems to t = 20: errors in units of tol (1 + |y|), and the work they took."""
     errors = {e: [] for e in BUDGET[name]}
     work = dict.fromkeys(BUDGET[name], 0)
+    method = getattr(jode, name)
+    run = jax.jit(
+        lambda f, y0, t1, tol: jode.solve(f, y0, jnp.stack([0.0, t1]), solver=jode.Adaptive(method, tol, tol, max_steps=100_000)),
+        static_argnums=0,
+    )
     for p in DETEST.values():
-        run = jax.jit(
-            lambda tol, p=p: jode.solve(
-                p.f, jnp.array(p.y0), (0.0, p.t1), solver=jode.Adaptive(getattr(jode, name), tol, tol, max_steps=100_000)
-            )
-        )
         for e in errors:
-            sol = jode.check(run(10.0**-e))
+            sol = jode.check(run(p.f, jnp.array(p.y0), p.t1, 10.0**-e))
             errors[e].append(np.max(np.abs(sol.ys[-1] - p.y1) / (1 + np.abs(p.y1))) * 10.0**e)
             work[e] += int(sol.stats.nfe)
     fifth = name != "dopri8"
@@ -160,12 +160,15 @@ def test_a_pytree_state_and_a_complex_state():
     np.testing.assert_allclose(y["b"][1][:, 1, 0], 3 * (1 - np.exp(-ts)), atol=1e-7)
 
 
-@pytest.mark.parametrize("x64", [True, False])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"])
-@pytest.mark.parametrize("times", ["python", "jax"])
+@pytest.mark.parametrize(
+    ("dtype", "x64", "times"),
+    [
+        *((dtype, x64, times) for dtype in ("bfloat16", "float32") for x64 in (True, False) for times in ("python", "jax")),
+        *((dtype, True, "jax") for dtype in ("float16", "float64", "complex64", "complex128")),
+        *((dtype, False, "python") for dtype in ("float16", "complex64")),
+    ],
+)
 def test_the_state_keeps_its_dtype(dtype, x64, times):
-    if not x64 and dtype in ("float64", "complex128"):
-        pytest.skip("needs x64")
     error = {"float16": 1e-2, "bfloat16": 3e-2, "float32": 1e-5, "float64": 1e-9, "complex64": 1e-4, "complex128": 1e-9}[dtype]
     tol = error / 10
     with jax.enable_x64(x64):

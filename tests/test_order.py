@@ -108,8 +108,7 @@ def test_f_is_evaluated_exactly_at_the_nodes(name, steps):
 
 
 @pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.tableau.adaptive])
-@pytest.mark.parametrize("saves", [2, 5])
-@pytest.mark.parametrize("direction", [1, -1])
+@pytest.mark.parametrize(("saves", "direction"), [(2, -1), (5, 1)])
 def test_adaptive_counts_are_those_of_the_calls_and_stay_inside(name, saves, direction):
     ts = np.linspace(0.0, direction * 3.0, saves)
     times, sol = spied(jode.Adaptive(METHODS[name], 1e-4, 1e-4), ts)
