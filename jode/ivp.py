@@ -268,7 +268,8 @@ def _solve(y0: Any, ts: Array, dynamic: list, static: Any, adjoint: Any) -> Solu
         if isinstance(solver, Adaptive)
         else solver
     )
-    plan = Plan(field, still, layout, ts.shape[0], steps, depth, getattr(solver, "degree", 0), effects)
+    weights = sum(x.size for x in (*params.shared, *params.layers))
+    plan = Plan(field, still, layout, ts.shape[0], steps, weights, depth, getattr(solver, "degree", 0), effects)
     outcome = adjoint.solve(plan, Problem(ts, layout.pack(jax.tree.leaves(y0)), params, numbers))
     ys = jax.tree.unflatten(layout.treedef, layout.unpack(outcome.ys, (ts.shape[0],)))
     return Solution(ts, ys, outcome.stats, outcome.status)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import jax
@@ -17,7 +18,19 @@ from jax import Array
 
 import jode.tableau as tb
 from jode.tableau import Tableau
-from jode.tree import State, add, combine, increment, increment_stacked, put, stack, stack_zeros, take
+from jode.tree import (
+    State,
+    add,
+    combine,
+    combine_stacked,
+    increment,
+    increment_stacked,
+    put,
+    stack,
+    stack_zeros,
+    take,
+    unstack,
+)
 
 Stage = Callable[[Any, State], State]
 
@@ -88,7 +101,7 @@ class Method:
     def vjp(self, G: Callable, h: Array, s: State, z: Any, dense: bool, rolled: bool) -> tuple[State | None, Callable]:
         """The slopes K, stacked (with `dense`), and the map from cotangents of the next state and K to those of (h, s, z).
 
-        G takes (c, y, z): z is everything else that has a cotangent.
+        G takes (c, y, z): z is everything else that has a cotangent. The map takes what z has so far, and adds to it.
         """
 
         def forward(h: Array, s: State, z: Any) -> tuple[State, State | None]:
@@ -97,11 +110,16 @@ class Method:
 
             if not dense:
                 return self.step(at, h, s), None
-            s1, K, _ = self.trial(at, h, s, ())
+            s1, K, _ = self.trial(at, h, s, self.memo(at(0.0, self.read(s))))
             return s1, stack(self.refine(at, h, s, K))
 
         (_, K), back = jax.vjp(forward, h, s, z)
-        return K, lambda sbar, kbar: back((sbar, kbar))
+
+        def pull(sbar: State, kbar: State | None, total: Any) -> tuple:
+            hbar, ybar, zbar = back((sbar, kbar))
+            return hbar, ybar, add(total, zbar)
+
+        return K, pull
 
 
 @dataclass(frozen=True)
@@ -155,57 +173,43 @@ class RungeKutta(Method):
     def pulled(self, dense: bool) -> int:
         return len(self.tableau.nodes) if dense else self.tableau.stages
 
-    def vjp(self, G: Callable, h: Array, s: State, z: Any, dense: bool, rolled: bool) -> tuple[State, Callable]:
-        K, back = self.vjp_slopes(G, h, s, z, self.pulled(dense), rolled)
-        b = jnp.asarray(np.pad(self.tableau.b, (0, K[0].shape[0] - self.tableau.stages)), h.dtype)
+    def vjp(self, G: Callable, h: Array, s: State, z: Any, dense: bool, rolled: bool) -> tuple[State | None, Callable]:
+        """As for every method; `rolled` makes one loop of the stages in reverse, and evaluates each again there.
 
-        def pull(sbar: State, kbar: State | None) -> tuple[Array, State, Any]:
-            _, end_back = jax.vjp(lambda h, y, K: increment_stacked(y, h, b, K), h, s, K)
-            hbar, ybar, kbar_b = end_back(sbar)
-            hbar_k, ybar_k, zbar = back(kbar_b if kbar is None else add(kbar, kbar_b))
-            return hbar + hbar_k, add(ybar, ybar_k), zbar
-
-        return K, pull
-
-    def vjp_slopes(self, G: Callable, h: Array, y: State, z: Any, upto: int, rolled: bool) -> tuple[State, Callable]:
-        """The first `upto` slopes, stacked, and the map from their cotangents to those of (h, y, z); G takes (c, y, z).
-
-        With κ_i = k̄_i + h Σ_{j>i} a_ji ȳ_j and ȳ_j = (∂G/∂y)ᵀ κ_j at stage j, ȳ = Σ ȳ_j and likewise for the others. `rolled`
-        makes one loop of the stages, forwards and in reverse, and evaluates each again in reverse: for one small state, where
-        XLA would otherwise fuse the stages and recompute them over and over. Otherwise what each stage left is kept.
+        With x_i = y + h Σ_j a_ij k_j for the stages, x for the next state, whose row of a is b, and x̄ = s̄, the reverse stages are
+        κ_i = k̄_i + h Σ_j a_ji x̄_j and x̄_i = (∂G/∂y)ᵀ κ_i; then ȳ = Σ x̄_j, and likewise for the others. Left unrolled, XLA on a
+        CPU fuses small stages and recomputes them over and over.
         """
+        upto = self.pulled(dense)
         if not rolled or upto == 1:
-            return jax.vjp(lambda h, y, z: stack(self.slopes(lambda c, x: G(c, x, z), h, y, upto=upto)), h, y, z)
-        table, nodes = self._table(upto, h.dtype)
+            return super().vjp(G, h, s, z, dense, rolled)
+        ks = self.slopes(lambda c, y: G(c, y, z), h, s, upto=upto)
+        rows = [(*row, *[0.0] * (upto - len(row))) for row in (*self.tableau.rows[:upto], self.tableau.b)]
+        forth = jnp.asarray(np.array(rows), h.dtype)
+        back, nodes = forth.T, jnp.asarray(self.tableau.nodes[:upto], h.dtype)
+        K, xs = stack(ks), stack([increment(s, h, row, ks) for row in rows[:-1]])
+        batched = any(x.ndim > 1 for x in s)
 
-        def place(i: Array, h: Array, y: State, K: State) -> State:
-            return increment_stacked(y, h, table[i], K)
+        def place(i: Array) -> State:
+            # For a batch a matrix product beats reading; for one state what is read once more keeps XLA's loop a small one.
+            return increment_stacked(s, h, forth[i], K) if batched else take(xs, i)
 
-        def evaluate(K: State, i: Array) -> tuple[State, None]:
-            return put(K, i, G(nodes[i], place(i, h, y, K), z)), None
-
-        K, _ = jax.lax.scan(evaluate, stack_zeros(upto, y), jnp.arange(upto))
-
-        def pull(kbar: State) -> tuple:
+        def pull(sbar: State, kbar: State | None, total: Any) -> tuple:
             def stage(n: Array, carry: tuple) -> tuple:
-                kbar, hbar, ybar, total = carry
+                xbar, total = carry
                 i = upto - 1 - n
-                at, place_back = jax.vjp(lambda *x: place(i, *x), h, y, K)
-                _, G_back = jax.vjp(lambda y, z: G(nodes[i], y, z), at, z)
-                placed, zbar = G_back(take(kbar, i))
-                hb, yb, kb = place_back(placed)
-                return add(kbar, kb), hbar + hb, add(ybar, yb), add(total, zbar)
+                kappa = combine_stacked(h, back[i], xbar)
+                kappa = kappa if kbar is None else add(kappa, take(kbar, i))
+                _, pull_back = jax.vjp(lambda y, z: G(nodes[i], y, z), place(i), z)
+                bar, zbar = pull_back(tuple(k.astype(x.dtype) for k, x in zip(kappa, s, strict=True)))
+                return put(xbar, i, bar), add(total, zbar)
 
-            zeros = jax.tree.map(jnp.zeros_like, (h, y, z))
-            return jax.lax.fori_loop(0, upto, stage, (kbar, *zeros))[1:]
+            xbar = put(stack_zeros(upto + 1, sbar), upto, sbar)
+            xbar, total = jax.lax.fori_loop(0, upto, stage, (xbar, total))
+            _, pull_back = jax.vjp(lambda h: stack([increment(s, h, row, ks) for row in rows]), h)
+            return *pull_back(xbar), reduce(add, unstack(xbar, upto + 1)), total
 
-        return K, pull
-
-    def _table(self, upto: int, dtype: Any) -> tuple[Array, Array]:
-        table = np.zeros((upto, upto))
-        for i, row in enumerate(self.tableau.rows[:upto]):
-            table[i, : len(row)] = row
-        return jnp.asarray(table, dtype), jnp.asarray(self.tableau.nodes[:upto], dtype)
+        return K if dense else None, pull
 
 
 def _horner(coefficients: tuple[float, ...], theta: Array) -> Array:

@@ -124,19 +124,33 @@ def increment(y: State, h: Array, weights: Sequence[Any], ks: Sequence[State]) -
     return tuple((x.astype(d.dtype) + d).astype(x.dtype) for x, d in zip(y, combine(h, weights, ks), strict=True))
 
 
-def increment_stacked(y: State, h: Array, weights: Array, stacked: State) -> State:
-    """Y + h Σ w_i k_i for slopes stacked along a leading axis; weights (n,), or (n, ...) where they differ by row."""
+def combine_stacked(h: Array, weights: Array, stacked: State) -> State:
+    """H Σ w_i k_i for slopes stacked along a leading axis; weights (n,), or (n, ...) where they differ by row."""
     out = []
-    for x, K in zip(y, stacked, strict=True):
-        dtype = work_dtype(x.dtype)
-        w = weights.astype(dtype).reshape(weights.shape + (1,) * (K.ndim - weights.ndim))
-        total = h.astype(dtype) * jnp.sum(w * K.astype(dtype), axis=0)
-        out.append((x.astype(dtype) + total).astype(x.dtype))
+    for K in stacked:
+        dtype = work_dtype(K.dtype)
+        w, k = weights.astype(dtype), K.astype(dtype)
+        if w.ndim == 1 and k.ndim > 2:  # for rows of a batch a product is many times faster than a sum
+            total = jnp.tensordot(w, k, 1, precision="highest")
+        else:
+            total = jnp.sum(w.reshape(w.shape + (1,) * (k.ndim - w.ndim)) * k, axis=0)
+        out.append(h.astype(dtype) * total)
     return tuple(out)
+
+
+def increment_stacked(y: State, h: Array, weights: Array, stacked: State) -> State:
+    """Y + h Σ w_i k_i for slopes stacked along a leading axis."""
+    total = combine_stacked(h, weights, stacked)
+    return tuple((x.astype(d.dtype) + d).astype(x.dtype) for x, d in zip(y, total, strict=True))
 
 
 def stack(states: Sequence[State]) -> State:
     return tuple(jnp.stack(vectors) for vectors in zip(*states, strict=True))
+
+
+def unstack(stacked: State, n: int) -> list[State]:
+    """The inverse of `stack`."""
+    return [tuple(x[i] for x in stacked) for i in range(n)]
 
 
 def where(mask: Array, a: Any, b: Any) -> Any:

@@ -10,8 +10,8 @@ import jode.audit
 
 def test_an_audit_tells_exact_from_approximate_and_counts_evaluations():
     solver = jode.Fixed(jode.midpoint, 10)
-    ys = jax.random.normal(jax.random.key(0), (3, 4))
-    params = {"w": jax.random.normal(jax.random.key(1), (4, 4)), "n": 2}
+    ys = jax.random.normal(jax.random.key(0), (3, 6))
+    params = {"w": jax.random.normal(jax.random.key(1), (6, 6)), "n": 2}
 
     def loss(adjoint, params, ys):
         f = lambda t, y, p: jnp.tanh(p["w"] @ y)

@@ -57,6 +57,7 @@ class Plan:
     layout: Layout
     saves: int
     steps: int | None  # steps between save times; None when that number is data
+    weights: int  # how many numbers the parameters with gradients are
     depth: int | None  # layers, or None
     degree: int  # of the layers' weights, a piecewise polynomial of depth
     effects: Any  # of evaluating the field
@@ -136,16 +137,18 @@ class March:
 
         K, pull = self.method.vjp(G, h, s, (t, h, params.shared, params.layers), dense, self.rolled)
 
-        def back(kbar: State | None) -> tuple:
-            hbar, ybar, (tbar, hbar_t, *moving) = pull(sbar, kbar)
+        def back(kbar: State | None, shared: list, layers: list) -> tuple:
+            zero = jnp.zeros_like
+            hbar, ybar, (tbar, hbar_t, *moving) = pull(sbar, kbar, (zero(t), zero(h), shared, layers))
             return tbar, hbar + hbar_t, ybar, moving
 
         return K, back
 
     @property
     def rolled(self) -> bool:
-        """Whether stages are differentiated in a loop."""
-        return self.plan.layout.size <= SMALL and self.rows.size is None
+        """Whether stages are differentiated in a loop: where they are so small that what XLA makes of them costs most."""
+        small = self.plan.layout.size <= SMALL
+        return small and (self.rows.size is None or self.plan.weights <= SMALL)
 
     @property
     def nfe_pull(self) -> int:

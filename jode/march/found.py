@@ -112,14 +112,14 @@ class Found(March):
 
             init = (j, pending(j), hbar, abar, sbar, zeros_like(K), tsbar)
             j, _, hbar, abar, sbar, kbar, tsbar = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), one, init)
-        abar_step, hbar_step, sbar_step, (shared, _) = pull(kbar)
+        abar_step, hbar_step, sbar_step, (shared, _) = pull(kbar, c.shared, [])
         abar, hbar = abar + abar_step, hbar + hbar_step
         real = h != 0  # a row that took no step in this slot stands still
         sbar_step = where(real, sbar_step, c.s)
         first = jnp.where(real & (a == problem.ts[0]), abar - hbar, 0)
         final = jnp.where(real & (b == problem.ts[-1]), hbar, 0)
         tsbar = tsbar.at[0].add(rows.gather(first, tsbar[0])).at[-1].add(rows.gather(final, tsbar[0]))
-        return Cotangents(add(sbar, sbar_step), tsbar, add(c.shared, shared), c.layers, j)
+        return Cotangents(add(sbar, sbar_step), tsbar, shared, c.layers, j)
 
     def end(self, problem: Problem, g: State, c: Cotangents) -> Cotangents:
         """Save times at the start itself see y0; if they moved on, the state saved would move along the slope there."""

@@ -11,7 +11,7 @@ from jax import Array
 from jode.grid import Stats, Status, finite
 from jode.march.base import Cotangents, March, Outcome, Problem
 from jode.method import Stage
-from jode.tree import State, add, stack_zeros, store, take, where
+from jode.tree import State, stack_zeros, store, take, where
 
 
 class Known(March):
@@ -131,12 +131,12 @@ class Known(March):
         s = where(good[j + 1], s, self.begin(problem))
         (t, h), span_back = jax.vjp(lambda a, b: self.span(problem, a, b, k), problem.ts[j], problem.ts[j + 1])
         _, pull = self.pull_step(t, h, s, self.nodes(problem.params, i), sbar)
-        tbar, hbar, sbar_step, (shared, layers) = pull(None)
+        before = [jax.lax.dynamic_slice_in_dim(x, i, size, 0) for x in c.layers]
+        tbar, hbar, sbar_step, (shared, after) = pull(None, c.shared, before)
         sbar = self._still(problem, h, sbar, sbar_step)
         abar, bbar = span_back((tbar, hbar))
-        before = [jax.lax.dynamic_slice_in_dim(x, i, size, 0) for x in c.layers]
-        layers = [jax.lax.dynamic_update_slice_in_dim(x, u + v, i, 0) for x, u, v in zip(c.layers, before, layers, strict=True)]
-        return Cotangents(sbar, c.ts.at[j].add(abar).at[j + 1].add(bbar), add(c.shared, shared), layers, None)
+        layers = [jax.lax.dynamic_update_slice_in_dim(x, u, i, 0) for x, u in zip(c.layers, after, strict=True)]
+        return Cotangents(sbar, c.ts.at[j].add(abar).at[j + 1].add(bbar), shared, layers, None)
 
     def end(self, problem: Problem, g: State, c: Cotangents) -> Cotangents:
         return self.finish(problem, tuple(x[0] for x in g), c)
