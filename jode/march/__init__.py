@@ -32,13 +32,13 @@ def reverse(
 
     Returns the cotangents of the problem and the last state recovered, that at the start.
     """
-    n = march.slots(problem, grid)
+    n, start = march.slots(problem, grid), march.begin(problem)
 
     def body(k: Array, carry: tuple) -> tuple:
         store, _, c = carry
         i = jnp.asarray(n - 1 - k, jnp.int32)
         s, store = recover(i, store)
-        return store, s, march.pull(problem, good, grid, g, i, s, c)
+        return store, s, march.pull(problem, good, grid, g, i, s, c, start)
 
-    _, first, c = jax.lax.fori_loop(0, n, body, (store, march.begin(problem), march.start(problem, good, g)))
+    _, first, c = jax.lax.fori_loop(0, n, body, (store, start, march.start(problem, good, g)))
     return march.end(problem, g, c), first

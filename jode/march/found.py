@@ -80,11 +80,13 @@ class Found(March):
         c = super().start(problem, good, g)
         return c._replace(next=jnp.sum(good[:-1], axis=0).astype(jnp.int32) - 1) if self.plan.saves > 2 else c
 
-    def pull(self, problem: Problem, good: Array, grid: Any, g: State, i: Array, s: State, c: Cotangents) -> Cotangents:
-        """Cotangents before step i from those after it, s being the state at its start."""
+    def pull(
+        self, problem: Problem, good: Array, grid: Any, g: State, i: Array, s: State, c: Cotangents, start: State
+    ) -> Cotangents:
+        """Cotangents before step i from those after it, s being the state at its start; rows that failed take that of the march."""
         a, b = self._ends(problem, grid, i)
         h, rows, method = b - a, self.rows, self.method
-        s = where(grid[2], s, self.begin(problem))
+        s = where(grid[2], s, start)
         dense = self.plan.saves > 2
         K, pull = self.pull_step(a, h, s, problem.params, c.s, dense)
         tsbar, j, kbar = c.ts, c.next, None

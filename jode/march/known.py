@@ -121,14 +121,16 @@ class Known(March):
         G, h = self._step(problem, i)
         return self._still(problem, h, s1, self.method.inverse(G, h, s1))
 
-    def pull(self, problem: Problem, good: Array, grid: Any, g: State, i: Array, s: State, c: Cotangents) -> Cotangents:
-        """Cotangents before step i from those after it, s being the state at its start."""
+    def pull(
+        self, problem: Problem, good: Array, grid: Any, g: State, i: Array, s: State, c: Cotangents, start: State
+    ) -> Cotangents:
+        """Cotangents before step i from those after it, s being the state at its start; rows that failed take that of the march."""
         bound, size = self.bound(problem), self.plan.degree + 1
         j, k = i // bound, i % bound
         sbar = c.s
         if self.plan.saves > 2:
             sbar = where((k == bound - 1) & (j < self.plan.saves - 2), self.saved(sbar, take(g, j + 1)), sbar)
-        s = where(good[j + 1], s, self.begin(problem))
+        s = where(good[j + 1], s, start)
         (t, h), span_back = jax.vjp(lambda a, b: self.span(problem, a, b, k), problem.ts[j], problem.ts[j + 1])
         _, pull = self.pull_step(t, h, s, self.nodes(problem.params, i), sbar)
         before = [jax.lax.dynamic_slice_in_dim(x, i, size, 0) for x in c.layers]
