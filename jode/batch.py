@@ -20,6 +20,8 @@ from jax import Array
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
+from jode.tree import State
+
 SMALL = 32  # components up to which a state is small
 FEW = 4
 
@@ -220,6 +222,8 @@ class Rows:
 
     def sum(self, x: Array) -> Array:
         """Sum over the components of each row, as a column."""
+        if self.size is None and x.ndim == 1 and 0 < x.shape[0] <= FEW:
+            return reduce(jnp.add, [x[i] for i in range(x.shape[0])])
         if self.size is None:
             return jnp.sum(x)
         if self.axis == -1 and x.ndim == 2 and 0 < x.shape[0] <= FEW:
@@ -232,6 +236,10 @@ class Rows:
         if self.size is None:
             return jnp.all(x)
         return jnp.all(x, axis=-2 if self.axis == -1 else -1, keepdims=True)
+
+    def finite(self, y: State) -> Array:
+        """Whether every component of each row is finite, as a column."""
+        return reduce(jnp.logical_and, [self.all(jnp.isfinite(x)) for x in y], self.spread(jnp.array(True)))
 
     def lift(self, f: Callable, mapped: Any) -> Callable:
         """The vector field of one trajectory, f(t, y, params), for these rows; `mapped` flags the leaves of params."""

@@ -176,8 +176,13 @@ def put(a: Any, i: Any, value: Any) -> Any:
     return jax.tree.map(lambda x, v: jax.lax.dynamic_update_index_in_dim(x, v, i, 0), a, value)
 
 
+def stack_full(n: int, like: Any, fill: Array) -> Any:
+    """A table of n entries like `like`, each filled with a number that broadcasts against it."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(fill.astype(x.dtype), (n, *x.shape)), like)
+
+
 def stack_zeros(n: int, like: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), like)
+    return stack_full(n, like, jnp.zeros(()))
 
 
 def magnitude(x: Array) -> Array:

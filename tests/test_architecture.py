@@ -7,7 +7,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "jode"
-ROOMS = ["tree", "tableau", "method", "reversible", "batch", "grid", "march", "adjoint", "ivp", "audit", "data", "models", "train"]
+ROOMS = [
+    "tree",
+    "tableau",
+    "method",
+    "reversible",
+    "batch",
+    "turns",
+    "grid",
+    "search",
+    "march",
+    "adjoint",
+    "ivp",
+    "audit",
+    "data",
+    "models",
+    "train",
+]
 FILES = {p.relative_to(ROOT).with_suffix(""): p for p in ROOT.rglob("*.py")}
 ALLOWED = {"models": {"jode"}}  # the examples' models use the front door, as users do
 OPTIONAL = {"diffrax": {"bridge"}, "optax": {"train"}}

@@ -184,3 +184,32 @@ def test_a_native_function_composes(transform):
         )
     else:
         close(jax.grad(jax.checkpoint(f))(x[0]), 2 * jnp.cos(x[0]))
+
+
+@pytest.mark.parametrize("fast", [40, 500])
+def test_many_unequal_rows_are_solved_as_few_are(fast):
+    """Rows that want twenty times the steps are regrouped: by every sign the answers are those of one loop over all."""
+    n = 4096
+    rng = np.random.default_rng(0)
+    rate = np.ones(n)
+    rate[rng.choice(n, fast, replace=False)] = 20.0
+    rate[[7, 99]] = np.nan, 1e4  # one fails at once, one runs out of steps
+    rate, ends = jnp.asarray(rate), jnp.stack([jnp.zeros(n), jnp.full(n, 3.0), jnp.linspace(4.0, 5.0, n)], 1)
+
+    def solve(rate, ts):
+        f = lambda t, y, a: jnp.stack([a * y[1], -a * y[0]])
+        return jode.solve(f, jnp.array([1.0, 0.0]), ts, rate, solver=jode.Adaptive(jode.bosh3, 1e-3, 1e-3, max_steps=900))
+
+    grouped = jax.jit(jax.vmap(solve))(rate, ends)
+    halves = jax.jit(jax.vmap(solve))
+    plain = jax.tree.map(
+        lambda *x: jnp.concatenate(x), halves(rate[: n // 2], ends[: n // 2]), halves(rate[n // 2 :], ends[n // 2 :])
+    )
+    np.testing.assert_array_equal(grouped.status, plain.status)
+    assert jode.Status(int(grouped.status[7])) == jode.Status.nonfinite_dynamics
+    assert jode.Status(int(grouped.status[99])) == jode.Status.max_steps
+    close(grouped.stats, plain.stats, 0)
+    close(grouped.ys, plain.ys)
+    good = np.isfinite(grouped.ys[:, -1, 0])
+    assert good.sum() == n - 2
+    np.testing.assert_allclose(grouped.ys[good, -1, 0], np.cos(rate * ends[:, -1])[good], atol=0.5)

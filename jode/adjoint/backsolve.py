@@ -13,9 +13,10 @@ from jax import Array
 
 from jode.adjoint.rule import Adjoint, contained, drift, join, only_forward_over_reverse, split
 from jode.batch import Batch, native
-from jode.grid import Adaptive, Fixed, Status, search
+from jode.grid import Adaptive, Fixed, Status
 from jode.march import Cotangents, Found, Known, Outcome, Plan, Problem, inner, march_of
 from jode.method import RungeKutta, Stage
+from jode.search import depart, travel
 from jode.tree import State, add, increment, real_dtype, stack, take, zeros_like
 
 
@@ -160,7 +161,8 @@ def _interval(adjoint: Backsolve, march: Known | Found, span: Array, y: State, a
     if isinstance(solver, Adaptive):
         numbers = problem.numbers if adjoint.solver is None else _numbers(solver)
         slope = augmented(rows.spread(span[0]), s)
-        found = search(solver, augmented, inside, rows, span, s, slope, numbers, None, watch, sums)
+        found = depart(solver, augmented, rows, span, s, slope, numbers, seen=sums)
+        found = travel(solver, inside, rows, span, numbers, found, watch=watch)
         return (found.s[:m], found.s[m:]), found.seen, found.t != span[-1]
     steps = march.count(problem) if adjoint.solver is None and isinstance(march, Known) else solver.steps
     width = (span[1] - span[0]) / (steps if isinstance(steps, int) else steps.astype(span.dtype))

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jode.grid import Stats, ending, finite, search
+from jode.grid import Stats
 from jode.march.base import Cotangents, March, Outcome, Problem, inner
 from jode.method import Stage
+from jode.search import Search, depart, ending, travel
 from jode.tree import State, add, increment_stacked, where, zeros_like
+from jode.turns import FEW, groups, in_groups
 
 
 class Found(March):
@@ -25,8 +27,8 @@ class Found(March):
         F = lambda t, y: self.F(t, y, params)
         slope = F(rows.spread(ts[0]), y0)
         s0 = method.start(y0, lambda: slope)
-        inside = partial(self.inside, params=params)
-        s = search(plan.solver, F, inside, rows, ts, s0, slope, problem.numbers, keep)
+        s = depart(plan.solver, F, rows, ts, s0, slope, problem.numbers, keep)
+        s = self._travel(problem, s, keep)
         arrived, status = ending(method, rows, ts, slope, s)
         end = tuple(jnp.where(arrived, x, jnp.nan).astype(x.dtype) for x in method.read(s.s))
         middle = s.saves.ys if s.saves else tuple(jnp.zeros((0, *x.shape), x.dtype) for x in end)
@@ -37,10 +39,34 @@ class Found(March):
         stats = Stats(nfe, s.attempts, s.accepted, s.attempts - s.accepted, s.accepted * self.nfe_pull)
         return Outcome(ys, self.good(ys), stats, status), s
 
+    def _travel(self, problem: Problem, s: Search, keep: int | None) -> Search:
+        """The end of the search; of many rows those that want far more steps than others, if nothing is recorded, in groups."""
+        solver, some = self.plan.solver, groups(self.rows) if keep is None else None
+
+        def onwards(march: Found, problem: Problem, s: Search, few: int = 0) -> Search:
+            inside = partial(march.inside, params=problem.params)
+            return travel(solver, inside, march.rows, problem.ts, problem.numbers, s, keep, few=few)
+
+        if some is None:
+            return onwards(self, problem, s)
+        march = Found(self.plan, some, self.mapped)
+        leaves, treedef = jax.tree.flatten(problem)
+        flags = jax.tree.leaves(self.mapped)
+
+        s = onwards(self, problem, s, s.t.size // FEW)  # those that still run have made as many attempts, `loops`
+
+        def run(row: Search, given: list) -> Search:
+            mapped = iter(given)
+            mixed = [next(mapped) if m else x for x, m in zip(leaves, flags, strict=True)]
+            return onwards(march, jax.tree.unflatten(treedef, mixed), row._replace(loops=s.loops))._replace(loops=None)
+
+        left = (s.width > 0) & (s.loops < solver.max_steps)
+        return in_groups(run, left, s._replace(loops=None), [x for x, m in zip(leaves, flags, strict=True) if m])
+
     def good(self, ys: State) -> Array:
         """Whether each saved state is finite, save time first."""
         every = jnp.ones((self.plan.saves, *self.rows.spread(jnp.zeros(())).shape), bool)
-        return every & jax.vmap(partial(finite, self.rows))(ys) if ys else every
+        return every & jax.vmap(self.rows.finite)(ys) if ys else every
 
     def run(self, problem: Problem) -> Outcome:
         return self._search(problem, None)[0]
@@ -86,7 +112,7 @@ class Found(March):
         """Cotangents before step i from those after it, s being the state at its start; rows that failed take that of the march."""
         a, b = self._ends(problem, grid, i)
         h, rows, method = b - a, self.rows, self.method
-        s = where(grid[2], s, start)
+        s = s if self.rows.size is None else where(grid[2], s, start)
         dense = self.plan.saves > 2
         K, pull = self.pull_step(a, h, s, problem.params, c.s, dense)
         tsbar, j, kbar = c.ts, c.next, None

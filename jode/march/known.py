@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jode.grid import Stats, Status, finite
+from jode.grid import Stats, Status
 from jode.march.base import Cotangents, March, Outcome, Problem
 from jode.method import Stage
 from jode.tree import State, stack_zeros, store, take, where
@@ -50,7 +50,7 @@ class Known(March):
     def saved_as(self, s: State) -> tuple[State, Array]:
         """The state saved, NaN in rows that are not finite (and stay so: every step adds to the state), and which rows are."""
         y = self.method.read(s)
-        good = finite(self.rows, y)
+        good = self.rows.finite(y)
         return tuple(jnp.where(good, x, jnp.nan).astype(x.dtype) for x in y), good
 
     def march(self, problem: Problem, keep: int | None) -> tuple[tuple[State, Array], tuple]:
