@@ -34,11 +34,11 @@ def in_groups(run: Callable[[Any, Any], Any], left: Array, carry: Any, data: Any
     size = jax.tree.leaves(carry)[0].shape[-1]
     most = -(-size // FEW // GROUP) * GROUP
     index = jnp.arange(size, dtype=jnp.int32)
-    which = jax.lax.sort(jnp.where(left.reshape(-1), index, size))[:most]  # compiles in a fifth of the time of jnp.nonzero
+    which = jax.lax.sort(jnp.where(left.reshape(-1), index, size + index))[:most]  # compiles far sooner than jnp.nonzero
 
     def finish(k: Array, carry: Any) -> Any:
         here = jax.lax.dynamic_slice_in_dim(which, k * GROUP, GROUP)
         some = run(*jax.tree.map(lambda x: x.at[..., here].get(mode="clip"), (carry, data)))
-        return jax.tree.map(lambda x, v: x.at[..., here].set(v, mode="drop"), carry, some)
+        return jax.tree.map(lambda x, v: x.at[..., here].set(v, mode="drop", unique_indices=True), carry, some)
 
     return jax.lax.fori_loop(0, (jnp.sum(left) + GROUP - 1) // GROUP, finish, carry)
