@@ -19,10 +19,10 @@ Field = Callable[[Array, State], State]
 
 
 class Search(NamedTuple):
-    """The carry of the adaptive loop. Numbers are columns; a row whose next step has no width is done, for good or ill."""
+    """The carry of the adaptive loop. Numbers are columns; h is the next step: where it is 0 a row is done, for good or ill."""
 
     t: Array
-    width: Array
+    h: Array
     s: State
     memo: Any
     errors: tuple[Array, ...]
@@ -68,7 +68,8 @@ def depart(
     method = solver.method
     t0, t1, y0 = rows.spread(ts[0]), ts[-1], method.read(s0)
     norm = partial(_norm, rows, tol)
-    width = _first_step(method, F, norm, t0, _sign(ts), jnp.abs(t1 - t0), y0, slope, tol.get("first_step"))
+    sign = _sign(ts)
+    width = _first_step(method, F, norm, t0, sign, jnp.abs(t1 - t0), y0, slope, tol.get("first_step"))
     zero = jnp.zeros(t0.shape, jnp.int32)
     saves = None
     if ts.shape[0] > 2:
@@ -85,7 +86,7 @@ def depart(
         record = Record(jnp.zeros((), jnp.int32), stack_full(solver.max_steps, t0, width), states)
     memory = (jnp.ones_like(t0),) * (2 if solver.dcoeff else 1 if solver.pcoeff else 0)
     loops = jnp.zeros((), jnp.int32)
-    return Search(t0, _reach(t1, t0, width), s0, method.memo(slope), memory, zero, zero, loops, saves, record, seen)
+    return Search(t0, _reach(t1, t0, sign * width), s0, method.memo(slope), memory, zero, zero, loops, saves, record, seen)
 
 
 def travel(
@@ -101,26 +102,25 @@ def travel(
 ) -> Search:
     """March on to ts[-1] with step control, all rows in one loop, until no more than `few` rows want another step.
 
-    Rows that are done take steps of width zero. inside(t, h) is what a method sees of the vector field during a step.
+    Rows that are done take steps of no width. inside(t, h) is what a method sees of the vector field during a step.
     """
     method = solver.method
-    t1, sign, interior = ts[-1], _sign(ts), ts.shape[0] > 2
+    t1, interior = ts[-1], ts.shape[0] > 2
     norm = partial(_norm, rows, tol)
 
     def running(c: Search) -> Array:
-        wanted = jnp.sum(c.width > 0, dtype=jnp.int32) > few if few else jnp.max(c.width, initial=0) > 0
+        wanted = jnp.sum(c.h != 0, dtype=jnp.int32) > few if few else jnp.max(jnp.abs(c.h), initial=0) > 0
         return (c.loops < solver.max_steps) & wanted
 
     def attempt(c: Search) -> Search:
-        active = c.width > 0
-        t_new = jnp.where(c.width == jnp.abs(t1 - c.t), t1, jax.lax.stop_gradient(c.t + sign * c.width))
-        h = t_new - c.t
+        h, active = c.h, c.h != 0
+        t_new = jnp.where(h == t1 - c.t, t1, c.t + h)
         G = inside(c.t, h)
         s_new, K, memo = method.trial(G, h, c.s, c.memo)
         e = jax.lax.stop_gradient(_error(method, norm, h, c.s, s_new, K))
         accept = active & (e <= 1)
         t = jnp.where(accept, t_new, c.t)
-        saved = _save(method, G, rows, ts, c, h, t, accept, K) if interior else None
+        saved = _save(method, G, rows, ts, c, t, K) if interior else None
         kept = c.record
         if keep is not None:
             states = store(kept.states, kept.slots, keep, c.s) if keep else None
@@ -128,7 +128,7 @@ def travel(
         memory = (jnp.maximum(e, 1e-4).astype(h.dtype), *c.errors)
         return Search(
             t,
-            _reach(t1, t, c.width * _factor(solver, e, c.errors).astype(h.dtype)),
+            _reach(t1, t, h * _factor(solver, e, c.errors).astype(h.dtype)),
             where(accept, s_new, c.s),
             where(accept, memo, c.memo),
             tuple(jnp.where(accept, a, b) for a, b in zip(memory, c.errors, strict=False)),
@@ -148,16 +148,19 @@ def ending(method: Method, rows: Rows, ts: Array, slope: State, s: Search) -> tu
     arrived = s.t == ts[-1]
     unmoved = (s.accepted == 0) & ~rows.finite(slope)
     stuck = jnp.where(unmoved, int(Status.nonfinite_dynamics), int(Status.step_underflow))
-    status = jnp.where(arrived, int(Status.success), jnp.where(s.width == 0, stuck, int(Status.max_steps)))
+    status = jnp.where(arrived, int(Status.success), jnp.where(s.h == 0, stuck, int(Status.max_steps)))
     return arrived, jnp.where(rows.finite(method.read(s.s)), status, int(Status.nonfinite_state)).astype(jnp.int32)
 
 
-def _reach(t1: Array, t: Array, width: Array) -> Array:
-    """The next width from t: cut at t1, and zero where it is too small to move t or not a number."""
-    remaining = jnp.abs(t1 - t)
-    width = jnp.minimum(width, remaining)
-    width = jnp.where((width > 10 * jnp.finfo(t.dtype).eps * jnp.abs(t)) | (width == remaining), width, 0)
-    return jax.lax.stop_gradient(width)  # the choice of the grid is not differentiated
+def _reach(t1: Array, t: Array, h: Array) -> Array:
+    """The next step from t: cut at t1, and 0 where it is too small to move t or not a number.
+
+    It ends in a representable time, and the choice of that time is not differentiated.
+    """
+    left, h = t1 - t, jax.lax.stop_gradient(h)
+    last = jnp.abs(h) >= jnp.abs(left)
+    moves = jnp.abs(h) > 10 * jnp.finfo(t.dtype).eps * jnp.abs(t)
+    return jnp.where(last, left, jnp.where(moves, jax.lax.stop_gradient(t + h) - t, 0))
 
 
 def _sign(ts: Array) -> Array:
@@ -228,24 +231,23 @@ def _first_step(
     return jnp.where(jnp.isnan(d1), jnp.nan, jnp.maximum(jnp.minimum(100 * guess, bold), floor))
 
 
-def _save(method: Method, G: Stage, rows: Rows, ts: Array, c: Search, h: Array, t: Array, accept: Array, K: list[State]) -> Saves:
-    """Interpolate at every interior save time that the accepted steps have passed."""
-    inner = ts.shape[0] - 1
-    sign = _sign(ts)
+def _save(method: Method, G: Stage, rows: Rows, ts: Array, c: Search, t: Array, K: list[State]) -> Saves:
+    """Interpolate at every interior save time that the accepted steps, from c.t to t, have passed."""
+    inner, sign, h = ts.shape[0] - 1, _sign(ts), c.h
 
     def pending(j: Array) -> Array:
-        return accept & (j < inner) & (sign * (rows.pick(ts, jnp.minimum(j, inner)) - t) <= 0)
+        return (j < inner) & (sign * (rows.pick(ts, j) - t) <= 0)
 
     due = pending(c.saves.next)
 
     def one(carry: tuple) -> tuple:
-        j, mask, ys = carry
-        theta = (rows.pick(ts, jnp.minimum(j, inner)) - c.t) / jnp.where(h == 0, 1, h)
+        j, ys = carry
+        mask = pending(j) | (rows.size is None)  # one trajectory is here only while it is pending
+        theta = (rows.pick(ts, j) - c.t) / h
         values = increment(method.base(theta, c.s), h, method.dense_weights(theta), slopes)
         index = jnp.where(mask, j - 1, inner)
         ys = tuple(rows.write(table, index, v) for table, v in zip(ys, values, strict=True))
-        j = j + mask.astype(jnp.int32)
-        return j, pending(j), ys
+        return j + mask.astype(jnp.int32), ys
 
     slopes = K
     if method.extra:
@@ -255,5 +257,5 @@ def _save(method: Method, G: Stage, rows: Rows, ts: Array, c: Search, h: Array, 
             lambda: (jax.tree.map(jnp.zeros_like, K[0]),) * method.extra,
         )
         slopes = [*K, *more]
-    j, _, ys = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), one, (c.saves.next, due, c.saves.ys))
+    j, ys = jax.lax.while_loop(lambda carry: jnp.any(pending(carry[0])), one, (c.saves.next, c.saves.ys))
     return Saves(j, c.saves.dense + due.astype(jnp.int32), ys)

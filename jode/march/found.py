@@ -60,7 +60,7 @@ class Found(March):
             mixed = [next(mapped) if m else x for x, m in zip(leaves, flags, strict=True)]
             return onwards(march, jax.tree.unflatten(treedef, mixed), row._replace(loops=s.loops))._replace(loops=None)
 
-        left = (s.width > 0) & (s.loops < solver.max_steps)
+        left = (s.h != 0) & (s.loops < solver.max_steps)
         return in_groups(run, left, s._replace(loops=None), [x for x, m in zip(leaves, flags, strict=True) if m])
 
     def good(self, ys: State) -> Array:
