@@ -20,7 +20,7 @@ import jode
 TOL = 1e-6
 
 
-def main():
+def main(quick=False):
     rows = []
     for name, (slopes, centre, args, t1) in PROBLEMS.items():
         for batch in (1, 1000):
@@ -28,8 +28,9 @@ def main():
             true = reference(slopes, np.asarray(y0, float).T, np.asarray(args, float), t1)
             programs, costs = {}, {}
             for peer, solve in contestants(lambda t, y, a, slopes=slopes: jnp.stack(slopes(y, a)), t1).items():
-                programs[peer], costs[peer] = compiled(partial(gradient if "forward" not in peer else loss, solve), args, y0)
-            times = race(programs, args, y0, repeats=11, seconds=0.6)
+                run = partial(gradient if "forward" not in peer else loss, solve)
+                programs[peer], costs[peer] = compiled(run, args, y0, quick=quick)
+            times = race(programs, args, y0, repeats=5 if quick else 11, seconds=0.3 if quick else 2.0)
             for peer, seconds in times.items():
                 error = "–"
                 if "forward" not in peer:
@@ -37,7 +38,7 @@ def main():
                 ratio = f"{seconds / times['jode, max_steps = 256']:.2f}"
                 rows.append([name, batch, peer, f"{seconds * 1e3:.3f}", ratio, error, f"{costs[peer]:.2f}"])
     columns = ["problem", "batch", "solver", "ms", "time / jode (256)", "relative error", "trace + compile s"]
-    report("adaptive_gradient", f"Gradient of Σ y(t1)² by the parameters: Tsit5 at {TOL:g}, float32", columns, rows)
+    report("adaptive_gradient", f"Gradient of Σ y(t1)² by the parameters: Tsit5 at {TOL:g}, float32", columns, rows, quick)
 
 
 PROBLEMS = {

@@ -83,7 +83,9 @@ def adaptive(f, t1):
     def with_diffrax(y0, args, **options):
         controller = diffrax.PIDController(rtol=TOL, atol=TOL)
         term = diffrax.ODETerm(f)
-        return diffrax.diffeqsolve(term, diffrax.Tsit5(), 0.0, t1, y0=y0, args=args, stepsize_controller=controller, **options).ys[-1]
+        return diffrax.diffeqsolve(term, diffrax.Tsit5(), 0.0, t1, y0=y0, args=args, stepsize_controller=controller, **options).ys[
+            -1
+        ]
 
     checkpoints = diffrax.RecursiveCheckpointAdjoint(checkpoints=256)
     return {
@@ -91,9 +93,9 @@ def adaptive(f, t1):
         "plain loop": partial(plain_loop, f, t1),
         "diffrax, default": partial(with_diffrax, dt0=None),
         "diffrax, tuned": partial(with_diffrax, dt0=0.01, throw=False, max_steps=256, adjoint=checkpoints),
-        "jax.experimental.ode": lambda y0, a: odeint(
-            lambda y, t, a: f(t, y, a), y0, jnp.array([0.0, t1]), a, rtol=TOL, atol=TOL
-        )[-1],
+        "jax.experimental.ode": lambda y0, a: odeint(lambda y, t, a: f(t, y, a), y0, jnp.array([0.0, t1]), a, rtol=TOL, atol=TOL)[
+            -1
+        ],
     }
 
 

@@ -20,15 +20,17 @@ ADJOINTS = {
 }
 
 
-def main():
+def main(quick=False):
     rows, curves = [], {}
     for name, (method, adjoint) in ADJOINTS.items():
         for depth in DEPTHS:
             temporaries = memory(method, adjoint, depth)
             curves.setdefault(name, []).append(temporaries)
-            rows.append([name, depth, f"{temporaries:.2f}"])
-    report("gradient_memory", f"Residual network, width {WIDTH}, batch {BATCH}", ["adjoint", "depth", "temporaries MiB"], rows)
-    draw(curves)
+            rows.append([depth, name, f"{temporaries:.2f}"])
+    report(
+        "gradient_memory", f"Residual network, width {WIDTH}, batch {BATCH}", ["depth", "solver", "temporaries MiB"], rows, quick
+    )
+    draw(curves, quick)
 
 
 def block(t, x, w):
@@ -47,7 +49,7 @@ def memory(method, adjoint, depth):
     return program.memory_analysis().temp_size_in_bytes / 2**20
 
 
-def draw(curves):
+def draw(curves, quick):
     import matplotlib.pyplot as plt
 
     figure, ax = plt.subplots(figsize=(7, 4.4), layout="constrained")
@@ -58,7 +60,8 @@ def draw(curves):
     ax.set_title("Memory of a residual network's gradient")
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
-    save(figure, "gradient_memory")
+    save(figure, "gradient_memory", quick)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,15 @@ import jode
 STEPS = 1000
 
 
-def main():
+def main(quick=False):
     rows, best = [], {}
     for name, (f, y0, w) in problems().items():
         programs, costs = {}, {}
         for peer, solve in contestants(f).items():
             loss = lambda y0, w, solve=solve: jnp.sum(solve(y0, w) ** 2)
-            programs[peer], costs[peer] = compiled(jax.grad(loss, (0, 1)), y0, w)
+            programs[peer], costs[peer] = compiled(jax.grad(loss, (0, 1)), y0, w, quick=quick)
         exact = ravel(programs["jode, midpoint, Backprop()"](y0, w))
-        times = race(programs, y0, w, repeats=5, seconds=1.0)
+        times = race(programs, y0, w, repeats=5, seconds=0.3 if quick else 1.0)
         fair = min(v for k, v in times.items() if "checkpoints" in k or k.endswith("default"))
         for peer, seconds in times.items():
             error = np.linalg.norm(ravel(programs[peer](y0, w)) - exact) / np.linalg.norm(exact)
@@ -40,8 +40,8 @@ def main():
         "temporaries MiB",
         "difference from Backprop on midpoint",
     ]
-    report("reversible", f"Gradient of {STEPS} steps, float32", [*columns, "trace + compile s"], rows)
-    draw(best)
+    report("reversible", f"Gradient of {STEPS} steps, float32", [*columns, "trace + compile s"], rows, quick)
+    draw(best, quick)
 
 
 def problems():
@@ -109,7 +109,7 @@ def ravel(tree):
     return np.concatenate([np.ravel(np.asarray(x, float)) for x in jax.tree.leaves(tree)])
 
 
-def draw(best):
+def draw(best, quick):
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(name for name, _ in best))
@@ -134,7 +134,8 @@ def draw(best):
         ax.yaxis.set_major_formatter("{x:g}")
         ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"Gradients of {STEPS} steps: jode (red), diffrax (blue)")
-    save(figure, "reversible")
+    save(figure, "reversible", quick)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

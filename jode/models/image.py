@@ -90,7 +90,7 @@ def _apply_net(weights: Weights, image: Array, *, kind: str, solver: Any, adjoin
         sol = jode.solve(vector_field, x, (0.0, 1.0), weights["block"], solver=solver, adjoint=adjoint)
     if kind != "none":
         x, nfe = sol.ys[-1], (sol.stats.nfe, sol.stats.nfe_backward)
-    return _head(weights["head"], x), nfe
+    return logits(weights["head"], x), nfe
 
 
 def _init_net(key: Array, *, kind: str, depth: int | None, channels: int, width: int, shrink: bool, classes: int) -> Weights:
@@ -146,7 +146,8 @@ def _init_head(key: Array, width: int, classes: int) -> Weights:
     return {"norm": _init_norm(width), "linear": _init_linear(key, width, classes)}
 
 
-def _head(w: Weights, x: Array) -> Array:
+def logits(w: Weights, x: Array) -> Array:
+    """The head: class scores of the state that the layers or the ODE end in."""
     return _linear(w["linear"], jnp.mean(jax.nn.relu(_norm(w["norm"], x)), axis=(0, 1)))
 
 
