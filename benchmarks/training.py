@@ -101,7 +101,7 @@ def network(batch=32, width=32):
 
     def bare(weights, *_):
         """What jode evaluates with steps in common: the solve, then f and its vector-Jacobian product as often as in reverse."""
-        stats = jode.solve(together, x, (0.0, 1.0), weights["block"], solver=jode.Adaptive(jode.dopri5, TOL, TOL, **bound)).stats
+        solved = jode.solve(together, x, (0.0, 1.0), weights["block"], solver=jode.Adaptive(jode.dopri5, TOL, TOL, **bound))
 
         def back(i, carry):
             x, xbar, wbar = carry
