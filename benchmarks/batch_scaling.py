@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jode
+from benchmarks.plain import attempt, start
 
 TOL = 1e-6
 SIZES = (1, 10, 100, 1000, 10_000, 100_000)
@@ -76,27 +77,9 @@ def contestants():
 
 
 def lock_step(y0, rate):
-    """The plain loop that one would write by hand: under `vmap` all rows run until the slowest is done."""
-    tableau, t1 = jode.tsit5.tableau, 20.0
-
-    def attempt(carry):
-        t, h, y, k1 = carry
-        ks = [k1]
-        for c, row in zip(tableau.nodes[1:6], tableau.rows[1:6], strict=True):
-            ks.append(oscillator(t + c * h, y + h * sum(w * k for w, k in zip(row, ks, strict=True) if w), rate))
-        y1 = y + h * sum(w * k for w, k in zip(tableau.b, ks, strict=True) if w)
-        ks.append(oscillator(t + h, y1, rate))
-        gap = h * sum(w * k for w, k in zip(tableau.error[0], ks, strict=True) if w)
-        e = jnp.sqrt(jnp.mean((gap / (TOL + TOL * jnp.maximum(jnp.abs(y), jnp.abs(y1)))) ** 2))
-        good = e <= 1
-        t1_reached = h >= t1 - t
-        t = jnp.where(good, jnp.where(t1_reached, t1, t + h), t)
-        y, k1 = jnp.where(good, y1, y), jnp.where(good, ks[-1], k1)
-        h = jnp.minimum(h * jnp.clip(0.9 * jnp.exp(-0.2 * jnp.log(e + 1e-10)), 0.2, jnp.where(good, 10.0, 1.0)), t1 - t)
-        return t, h, y, k1
-
-    start = jnp.float32(0.0), jnp.float32(0.01), y0, oscillator(0.0, y0, rate)
-    return jax.lax.while_loop(lambda carry: carry[0] < t1, attempt, start)[2]
+    """Under `vmap` all rows run until the slowest is done."""
+    step = attempt(oscillator, rate, 20.0, TOL)
+    return jax.lax.while_loop(lambda carry: carry[0] < 20.0, step, start(oscillator, y0, rate))[2]
 
 
 def draw(curves, quick):

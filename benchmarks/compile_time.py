@@ -21,6 +21,7 @@ from jax.experimental.ode import odeint
 import jode
 from benchmarks.adaptive_gradient import PROBLEMS
 from benchmarks.fixed_step import by_hand, tuned
+from benchmarks.plain import attempt, start
 
 TOL = 1e-6
 
@@ -56,11 +57,11 @@ def wait(f, y0, args, quick):
     traces, builds, lines = [], [], 0
     for _ in range(1 if quick else 5):
         jax.clear_caches()
-        start = time.perf_counter()
+        began = time.perf_counter()
         lowered = jax.jit(lambda a, y: f(a, y)).lower(args, y0)
         middle = time.perf_counter()
         lowered.compile()
-        traces.append(middle - start)
+        traces.append(middle - began)
         builds.append(time.perf_counter() - middle)
         lines = len(lowered.as_text().splitlines())
     return float(np.median(traces)), float(np.median(builds)), lines
@@ -70,9 +71,9 @@ def importing(modules, quick):
     """Median seconds of a fresh process that imports these modules, less one that imports nothing."""
 
     def run(code):
-        start = time.perf_counter()
+        began = time.perf_counter()
         subprocess.run([sys.executable, "-c", code], check=True)
-        return time.perf_counter() - start
+        return time.perf_counter() - began
 
     return float(np.median([run(f"import {modules}") - run("pass") for _ in range(3 if quick else 9)]))
 
@@ -100,26 +101,9 @@ def adaptive(f, t1):
 
 
 def plain_loop(f, t1, y0, args, steps=256):
-    """Adaptive Tsit5 with the classical controller, 256 attempts by `lax.scan`, so that JAX can differentiate it."""
-    tableau = jode.tsit5.tableau
-
-    def attempt(carry, _):
-        t, h, y, k1 = carry
-        ks = [k1]
-        for c, row in zip(tableau.nodes[1:6], tableau.rows[1:6], strict=True):
-            ks.append(f(t + c * h, y + h * sum(w * k for w, k in zip(row, ks, strict=True) if w), args))
-        y1 = y + h * sum(w * k for w, k in zip(tableau.b, ks, strict=True) if w)
-        ks.append(f(t + h, y1, args))
-        gap = h * sum(w * k for w, k in zip(tableau.error[0], ks, strict=True) if w)
-        e = jnp.sqrt(jnp.mean((gap / (TOL + TOL * jnp.maximum(jnp.abs(y), jnp.abs(y1)))) ** 2))
-        e = jax.lax.stop_gradient(jnp.maximum(e, 1e-10))
-        good = e <= 1
-        t, y, k1 = jnp.where(good, t + h, t), jnp.where(good, y1, y), jnp.where(good, ks[-1], k1)
-        h = jnp.minimum(h * jnp.clip(0.9 * e**-0.2, 0.2, jnp.where(good, 10.0, 1.0)), t1 - t)
-        return (t, h, y, k1), None
-
-    start = jnp.float32(0.0), jnp.float32(0.01), y0, f(0.0, y0, args)
-    return jax.lax.scan(attempt, start, None, steps)[0][2]
+    """256 attempts by `lax.scan`, so that JAX can differentiate them."""
+    step = attempt(f, args, t1, TOL)
+    return jax.lax.scan(lambda carry, _: (step(carry), None), start(f, y0, args), None, steps)[0][2]
 
 
 def fixed(f, steps=100):
