@@ -1,6 +1,6 @@
 """All benchmarks, a quick version of each: JSON, plots, and one Markdown table, under results/quick.
 
-python -m benchmarks            # some ten minutes on two cores
+python -m benchmarks            # under ten minutes on two cores
 python -m benchmarks NAME …     # these alone, in full, under results
 """
 
