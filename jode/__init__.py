@@ -1,6 +1,7 @@
 """jode: residual networks and neural ODEs as one object, seen at two step sizes."""
 
 from jode.adjoint import Backprop, Backsolve, ForwardMode, MemoryFree
+from jode.depth import resnet
 from jode.grid import Adaptive, Fixed, Layers, Stats, Status
 from jode.ivp import Solution, SolveError, check, odeint, solve
 from jode.method import RungeKutta, bosh3, dopri5, dopri8, euler, heun, midpoint, ralston, rk4, tsit5
@@ -35,6 +36,7 @@ __all__ = [
     "midpoint",
     "odeint",
     "ralston",
+    "resnet",
     "reversible_heun",
     "rk4",
     "solve",

@@ -43,8 +43,9 @@ class Promise(NamedTuple):
 class _Native:
     """A form and what is needed to stage it: the jaxpr of each batch it was asked for, traced once."""
 
-    def __init__(self, form: Callable[[Batch | None], Callable], treedef: Any, promise: Promise | None) -> None:
+    def __init__(self, form: Callable[[Batch | None], Callable], treedef: Any, promise: Promise | None, effects: Any) -> None:
         self.form, self.treedef, self.promise, self.jaxprs, self.out_tree = form, treedef, promise, {}, None
+        self.effects = promise.effects if promise else effects
 
     def flat(self, rows: tuple | None) -> Callable:
         batch = None if rows is None else Batch(rows[0], jax.tree.unflatten(self.treedef, rows[1]))
@@ -68,13 +69,13 @@ _native_p = Primitive("native_march")
 _native_p.multiple_results = True
 
 
-def native(form: Callable[[Batch | None], Callable], *operands: Any, promise: Promise | None = None) -> Any:
+def native(form: Callable[[Batch | None], Callable], *operands: Any, promise: Promise | None = None, effects: Any = ()) -> Any:
     """Call form(None)(*operands), or under `vmap` form(batch)(*operands): outputs then all lead with the row axis.
 
     With a `promise` of what comes out, a form that ends up batched is never traced for one trajectory.
     """
     leaves, treedef = jax.tree.flatten(operands)
-    carrier = _Native(form, treedef, promise)
+    carrier = _Native(form, treedef, promise, effects)
     out = _native_p.bind(*leaves, carrier=carrier, rows=None)
     return jax.tree.unflatten(carrier.out_tree, out)
 
@@ -83,7 +84,7 @@ def _abstract(*avals: Any, carrier: _Native, rows: tuple | None) -> tuple:
     if carrier.promise is not None:
         out, carrier.out_tree = jax.tree.flatten(carrier.promise.out)
         lead = (rows[0],) if rows else ()
-        return [jax.core.ShapedArray(lead + x.shape, x.dtype) for x in out], carrier.promise.effects
+        return [jax.core.ShapedArray(lead + x.shape, x.dtype) for x in out], carrier.effects
     staged = carrier.jaxpr(rows, avals)
     return staged.out_avals, staged.effects  # a vector field may print, or call back to count its own calls
 
@@ -118,7 +119,12 @@ def _jvp(primals: tuple, tangents: tuple, *, carrier: _Native, rows: tuple | Non
     return out, [v if yes else ad.Zero(jax.typeof(x).to_tangent_aval()) for x, v, yes in zip(out, dots, inexact, strict=True)]
 
 
-def _batch(leaves: tuple, dims: tuple, *, carrier: _Native, rows: tuple | None) -> tuple:
+def _batch(axis: Any, leaves: tuple, dims: tuple, *, carrier: _Native, rows: tuple | None) -> tuple:
+    if any(getattr(e, "name", None) == axis.name for e in carrier.effects):
+        raise TypeError(
+            f"f reduces over the axis {axis.name!r} of the jax.vmap around its solve, but trajectories of a batch march by "
+            "themselves: to normalise over the batch, let y0 be the whole batch, one state"
+        )
     size = next(x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None)
     leaves = tuple(x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(leaves, dims, strict=True))
     outer = tuple(d is not None for d in dims)
@@ -146,7 +152,7 @@ _native_p.def_impl(_impl)
 _native_p.def_effectful_abstract_eval(_abstract)
 mlir.register_lowering(_native_p, _lower)
 ad.primitive_jvps[_native_p] = _jvp
-batching.primitive_batchers[_native_p] = _batch
+batching.fancy_primitive_batchers[_native_p] = _batch
 
 
 _one_way_p = Primitive("one_way")

@@ -20,7 +20,7 @@ from jode.adjoint import Adjoint, Backprop
 from jode.grid import Adaptive, Fixed, Layers, Stats, Status
 from jode.march import Params, Plan, Problem
 from jode.method import Method
-from jode.tree import Layout, State, is_inexact, real_dtype, widest, work_dtype
+from jode.tree import Layout, State, depth_of, is_inexact, real_dtype, widest, work_dtype
 
 
 class SolveError(RuntimeError):
@@ -285,10 +285,7 @@ def _shape(solver: Any, args: Any, ts: Array) -> tuple[int | None, int | None, d
     if isinstance(solver, Fixed):
         static = isinstance(solver.steps, int)
         return None, solver.steps if static else None, {} if static else {"steps": solver.steps}
-    depths = {x.shape[0] if x.ndim else None for x in jax.tree.leaves(args) if isinstance(x, jax.Array)}
-    depth = next(iter(depths), None)
-    if len(depths) != 1 or depth is None:
-        raise ValueError(f"Layers: every array in args must lead with the same depth, got leading axes {sorted(map(str, depths))}")
+    depth = depth_of(args, "args")
     intervals, steps = ts.shape[0] - 1, depth - solver.degree
     if steps < 1 or steps % intervals:
         raise ValueError(
@@ -338,7 +335,9 @@ def close(f: Callable, ts: Array, y0: Any, args: Any, layout: Layout, depth: int
 def _check_slope(out: Any, y0: Any, layout: Layout) -> None:
     leaves, treedef = jax.tree.flatten(out)
     if treedef != layout.treedef:
-        raise TypeError(f"f(t, y, args) must return the structure of y0, {layout.treedef}; it returned {treedef}")
+        stateful = isinstance(out, tuple) and len(out) == 2 and jax.tree.structure(out[0]) == layout.treedef
+        hint = "; a pair of slope and state (batch statistics) is not a vector field: see jode.resnet" if stateful else ""
+        raise TypeError(f"f(t, y, args) must return the structure of y0, {layout.treedef}; it returned {treedef}{hint}")
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(y0)[0]]
     for path, k, shape, dtype in zip(paths, leaves, layout.shapes, layout.dtypes, strict=True):
         if k.shape != shape:

@@ -73,6 +73,15 @@ def _size(shape: tuple[int, ...]) -> int:
     return size
 
 
+def depth_of(weights: Any, name: str) -> int:
+    """The length that the leading axis of every array has."""
+    depths = {x.shape[0] if x.ndim else None for x in jax.tree.leaves(weights) if isinstance(x, jax.Array)}
+    depth = next(iter(depths), None)
+    if len(depths) != 1 or depth is None:
+        raise ValueError(f"every array in {name} must lead with the same depth, got leading axes {sorted(map(str, depths))}")
+    return depth
+
+
 def is_inexact(x: Any) -> bool:
     """Whether a leaf carries gradients: floating or complex arrays do; integers, booleans and PRNG keys do not."""
     return jnp.issubdtype(x.dtype, jnp.inexact)

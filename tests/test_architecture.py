@@ -19,6 +19,7 @@ ROOMS = [
     "march",
     "adjoint",
     "ivp",
+    "depth",
     "audit",
     "data",
     "models",

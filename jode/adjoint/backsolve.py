@@ -45,7 +45,10 @@ class Backsolve(Adjoint):
     def refusal(self, solver: Any) -> str | None:
         back = self.solver or solver
         if not isinstance(back, (Fixed, Adaptive)):
-            return "Backsolve solves an ODE backwards, and layers are not one: use MemoryFree or Backprop"
+            return (
+                "Backsolve solves an ODE backwards, and layers are not one: use MemoryFree or Backprop, or "
+                "jode.depth.field, which makes an ODE of them"
+            )
         if not isinstance(back.method, RungeKutta):
             return f"Backsolve needs a Runge-Kutta method on the way back, not {back.method!r}: give Backsolve(solver=...)"
         if isinstance(back, Adaptive) and back.method.embedded_order is None:

@@ -77,7 +77,7 @@ def _differentiable(adjoint: Discrete, plan: Plan, batch: Batch | None) -> Calla
             def form(rows: Batch | None) -> Callable:
                 return lambda problem: _trace(plan, rows, problem, keep, leave=True)
 
-            outcome, kept = native(form, problem)
+            outcome, kept = native(form, problem, effects=plan.effects)
         outcome = count(outcome)
         return outcome, (problem, kept, outcome)
 
