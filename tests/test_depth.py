@@ -1,0 +1,327 @@
+"""Residual networks and their ODEs: the statements of Sander, Ablin & Peyré 2022 and Marion et al. 2024, as claims that can fail."""
+
+from functools import cache, partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jode
+from jode import depth
+
+X = jnp.array([0.3, -0.2, 0.9])
+HEUN = jode.Layers(jode.heun, degree=1)
+
+
+def f(t, x, w):
+    return jnp.tanh(w["a"] @ x + w["b"])
+
+
+def block(key, d=3):
+    a, b = jax.random.split(key)
+    return {"a": jax.random.normal(a, (d, d)) / np.sqrt(d), "b": jax.random.normal(b, (d,)) / 2}
+
+
+def smooth(n, seed=0):
+    return depth.smooth_init(jax.random.key(seed), block, n)
+
+
+def rough(n, seed=0):
+    return jax.vmap(block)(jax.random.split(jax.random.key(seed), n))
+
+
+def slope(ns, values):
+    return np.polyfit(np.log(ns), np.log(values), 1)[0]
+
+
+# One jitted function for every seed: the mean over six networks, so that no lucky cancellation decides.
+@partial(jax.jit, static_argnums=(0, 1))
+def mean_over_networks(measure, n):
+    return jnp.exp(jnp.mean(jnp.log(jax.vmap(lambda seed: measure(smooth(n, seed)))(jnp.arange(6)))))
+
+
+def test_distance_falls_as_one_over_n_for_smooth_weights():
+    ns = (16, 64, 512)
+    assert -1.1 <= slope(ns, [float(mean_over_networks(distance, n)) for n in ns]) <= -0.9
+
+
+def distance(w):
+    return depth.distance(f, w, X, substeps=2)
+
+
+def test_distance_does_not_fall_for_rough_weights():
+    # Independent noise around smooth weights: along the lines between its values tanh saturates less than at the nodes.
+    def measure(n):
+        noise = jax.random.normal(jax.random.key(9), (n, 3, 3))
+        return depth.distance(f, {"a": 1.0 + 3 * noise, "b": jnp.ones((n, 3))}, X, substeps=2)
+
+    near, far = (float(jax.jit(measure, static_argnums=0)(n)) for n in (64, 512))
+    assert far > near / 3  # 1/N would be an eighth
+
+
+def test_heun_with_weights_at_nodes_is_second_order():
+    ns = (16, 128)
+    measure = lambda w: depth.distance(f, w, X, solver=HEUN, substeps=2)
+    assert -2.2 <= slope(ns, [float(mean_over_networks(measure, n)) for n in ns]) <= -1.8
+
+
+@pytest.mark.parametrize("n", [1, 2, 16])
+@pytest.mark.parametrize("kind", [smooth, rough])
+@pytest.mark.parametrize("degree", [0, 1, 3])
+def test_the_bound_holds(kind, n, degree):
+    @jax.jit
+    @jax.vmap
+    def both(seed, scale):
+        w = jax.tree.map(lambda w: scale * w, kind(n, seed))
+        return depth.distance(f, w, X, degree=degree), depth.distance_bound(f, w, X, degree=degree)
+
+    d, bound = both(jnp.arange(40), jnp.geomspace(0.01, 4.0, 40))
+    assert np.all(d <= bound.value * (1 + 1e-9) + 1e-15)
+
+
+def test_the_bound_is_tight_where_the_field_does_not_depend_on_x():
+    # ẋ = C t from 0, left Riemann sums against C t² / 2: the gap is C t h / 2, at the end C / (2 N).
+    ramp = lambda t, x, w: w * t
+    n, C = 8, 3.0
+    w = jnp.full((n, 2), C)
+    d, bound = depth.distance(ramp, w, jnp.zeros(2)), depth.distance_bound(ramp, w, jnp.zeros(2))
+    np.testing.assert_allclose(d, np.sqrt(2) * C / (2 * n), rtol=1e-12)
+    np.testing.assert_allclose(bound.value, d, rtol=1e-12)
+    assert bound.lipschitz == 0
+
+
+@pytest.mark.parametrize("n", [1, 4, 25])
+def test_a_network_that_stays_while_its_ode_moves_by_a_half(n):
+    # f vanishes at every layer, and the ODE through it is ẋ = sin²(πNs): the distance is 1/2 at every depth N, with C = πN.
+    bump = lambda t, x, w: jnp.sin(np.pi * n * t) ** 2 + 0 * x * w
+    x, w = jnp.zeros(()), jnp.zeros(n)
+    assert abs(jode.resnet(bump, x, w, span=1.0)) < 1e-12
+    np.testing.assert_allclose(depth.distance(bump, w, x), 0.5, rtol=1e-12)
+    np.testing.assert_allclose(depth.distance_bound(bump, w, x).curvature, np.pi * n, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("solver", "kind", "low", "high"),
+    [
+        (jode.Layers(jode.euler), smooth, -1.1, -0.9),
+        (jode.Layers(jode.euler), rough, -1.2, -0.8),
+        (HEUN, smooth, -3.2, -2.8),
+        (HEUN, rough, -1.4, -0.7),
+    ],
+)
+def test_reconstruction_error_has_the_order_of_the_paper(solver, kind, low, high):
+    @partial(jax.jit, static_argnums=0)
+    def measure(n):
+        errors = jax.vmap(lambda seed: depth.reconstruction_error(f, kind(n, seed), X, solver=solver))(jnp.arange(30))
+        return jnp.sqrt(jnp.mean(errors**2))
+
+    ns = (16, 64, 512)
+    assert low <= slope(ns, [float(measure(n)) for n in ns]) <= high
+
+
+def test_reconstruction_is_that_of_memory_free_and_of_runge_kutta_alone():
+    w = smooth(8)
+    x = [X]
+    for n in range(8):
+        x.append(x[-1] + f(0, x[-1], jax.tree.map(lambda w, n=n: w[n], w)) / 8)
+    back = x[-1]
+    for n in reversed(range(8)):
+        back = back - f(0, back, jax.tree.map(lambda w, n=n: w[n], w)) / 8
+    np.testing.assert_allclose(depth.reconstruction_error(f, w, X), jnp.linalg.norm(back - X) / jnp.linalg.norm(X), rtol=1e-12)
+    with pytest.raises(ValueError, match="inverted exactly"):
+        depth.reconstruction_error(f, w, X, solver=jode.Layers(jode.leapfrog))
+
+
+# Weights as functions of depth.
+
+
+@pytest.mark.parametrize("degree", [0, 1, 3])
+@pytest.mark.parametrize("ends", [0, 1])
+def test_interpolation_meets_its_nodes_and_its_order(degree, ends):
+    def error(n):
+        s = np.arange(n + ends) / n
+        w = {"a": jnp.asarray(np.sin(3 * s)), "n": jnp.arange(n + ends), "tag": "relu"}
+        theta = depth.interpolate(w, jnp.asarray(s[:-1]), degree, steps=n)
+        np.testing.assert_allclose(theta["a"], w["a"][:-1], atol=1e-14)
+        assert theta["tag"] == "relu"
+        assert theta["n"].dtype == w["n"].dtype
+        t = jnp.linspace(0, 1 - 1 / n, 201)
+        return np.max(np.abs(depth.interpolate(w, t, degree, steps=n)["a"][20:-20] - np.sin(3 * t)[20:-20]))
+
+    rate = np.log2(error(40) / error(80))
+    assert rate > {0: 0.8, 1: 1.8, 3: 2.7}[degree]
+
+
+@pytest.mark.parametrize("degree", [0, 1])
+def test_a_trained_network_is_an_ode_that_any_solver_runs(degree):
+    w, n = smooth(8), 8
+    solve = partial(jode.odeint, depth.field(f, degree=degree), X, (0.0, 1.0), w)
+    euler = solve(solver=jode.Fixed(jode.euler, n))[-1]
+    np.testing.assert_allclose(euler, jode.resnet(f, X, w, span=1.0), rtol=1e-13)
+    flow = solve(solver=jode.Adaptive(jode.dopri5, 1e-8, 1e-8))[-1]
+    np.testing.assert_allclose(np.linalg.norm(flow - euler), depth.distance(f, w, X, degree=degree), rtol=0.2)
+
+
+def test_refining_and_untying():
+    w = rough(6)
+    np.testing.assert_array_equal(depth.refine(w, 3)["a"], np.repeat(w["a"], 3, axis=0))
+    np.testing.assert_array_equal(depth.refine(w, 0.5)["b"], w["b"][::2])
+    np.testing.assert_allclose(depth.refine(w, 2, degree=1)["b"][1:11:2], (w["b"][1:] + w["b"][:-1]) / 2)
+    assert depth.refine(w, 3, degree=1, steps=5)["b"].shape == (16, 3)
+    one = block(jax.random.key(0))
+    np.testing.assert_array_equal(depth.untie(one, 4)["b"], np.stack([one["b"]] * 4))
+    # Twice the layers, each half the step: the same function to O(1/N), and exactly so where the field is constant in x.
+    ramp = lambda t, x, w: w["b"]
+    np.testing.assert_allclose(jode.resnet(ramp, X, depth.refine(w, 2), span=6.0), jode.resnet(ramp, X, w), rtol=1e-14)
+    with pytest.raises(ValueError, match="whole number of steps"):
+        depth.refine(w, 0.7)
+
+
+@pytest.mark.parametrize("basis", [depth.legendre, depth.cosine])
+def test_bases_are_orthonormal_and_projection_inverts_expansion(basis):
+    t, weights = np.polynomial.legendre.leggauss(40)
+    phi = basis(jnp.asarray((t + 1) / 2), 5)
+    np.testing.assert_allclose(phi.T @ (phi * weights[:, None] / 2), np.eye(5), atol=1e-12)
+    coefficients = rough(4)
+    w = depth.expand(coefficients, jnp.arange(20) / 20, basis)
+    back = depth.project(w, 4, basis)
+    for a, b in zip(jax.tree.leaves(coefficients), jax.tree.leaves(back), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+def test_smoothness_tells_functions_of_depth_from_independent_layers():
+    for n in (64, 512):
+        assert depth.smoothness(smooth(n)) < np.pi / 2 * 4
+    assert depth.smoothness(rough(512)) > 5 * depth.smoothness(rough(64))
+    ramp = jnp.arange(10.0) / 10
+    np.testing.assert_allclose(depth.smoothness(ramp), 1.0)
+    np.testing.assert_allclose(depth.roughness(ramp), 10 * 9 * 0.01)
+
+
+def test_smooth_init_keeps_the_law_of_a_layer_and_what_draws_share():
+    init = lambda key: {"w": jax.random.normal(key, (200, 200)), "scale": jnp.ones(4), "n": jnp.arange(3), "name": "x"}
+    w = depth.smooth_init(jax.random.key(0), init, 5)
+    np.testing.assert_allclose(np.var(w["w"], axis=(1, 2)), 1, atol=0.03)
+    np.testing.assert_array_equal(w["scale"], np.ones((5, 4)))
+    assert w["name"] == "x"
+    assert w["n"].shape == (5, 3)
+    assert depth.smoothness(depth.smooth_init(jax.random.key(0), block, 7, turn=0.0)) == 0
+
+
+def test_the_sobolev_gradient_solves_its_equation_and_descends():
+    g = rough(12)
+    G = depth.sobolev(g, 0.1)
+    padded = np.concatenate([G["b"][:1], G["b"], G["b"][-1:]])
+    second = 144 * (padded[2:] - 2 * padded[1:-1] + padded[:-2])
+    np.testing.assert_allclose(G["b"] - 0.1 * second, g["b"], atol=1e-12)
+    assert sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(G), jax.tree.leaves(g), strict=True)) > 0
+    assert depth.roughness(G) < depth.roughness(g) / 10
+
+
+# A user's own network.
+
+
+def test_blocks_stack_and_unstack():
+    blocks = [eqx.nn.MLP(3, 3, 4, 1, activation=jnp.tanh, key=k) for k in jax.random.split(jax.random.key(0), 5)]
+    stacked = depth.stack(blocks)
+    x = X
+    for b in blocks:
+        x = x + b(x)
+    np.testing.assert_allclose(jode.resnet(lambda t, x, b: b(x), X, stacked), x, rtol=1e-14)
+    for a, b in zip(depth.unstack(stacked), blocks, strict=True):
+        assert eqx.tree_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "match"),
+    [
+        ([], "must not be empty"),
+        ([{"a": np.ones(3)}, {"b": np.ones(3)}], "block 1 has the structure"),
+        ([{"a": np.ones(3)}, {"a": np.ones(4)}], r"\['a'\] is an array float64\[4\] in block 1"),
+        ([{"a": 1}, {"a": 2}], r"\['a'\] is 2 in block 1, 1 in block 0"),
+    ],
+)
+def test_unequal_blocks_are_refused(blocks, match):
+    with pytest.raises(ValueError, match=match):
+        depth.stack(blocks)
+
+
+def test_blocks_with_a_state_are_refused_in_words():
+    norm = eqx.nn.BatchNorm(3, axis_name="batch", mode="batch")
+    with pytest.raises(TypeError, match="GroupNorm"):
+        depth.stack([norm, norm])
+    with pytest.raises(TypeError, match="batch statistics"):
+        jode.resnet(lambda t, x, w: (f(t, x, w), x), X, smooth(3))
+    centred = lambda t, x, w: f(t, x - jax.lax.pmean(x, "rows"), w)
+    with pytest.raises(TypeError, match="whole batch"):
+        jax.vmap(lambda x: jode.resnet(centred, x, smooth(3)), axis_name="rows")(jnp.stack([X, X]))
+
+
+def test_batch_statistics_are_exact_where_the_state_is_the_batch():
+    centred = lambda t, x, w: jnp.tanh((x - jnp.mean(x, 0, keepdims=True)) @ w)
+    w, x = smooth(4)["a"], jnp.stack([X, 2 * X, -X[::-1]])
+
+    def loop(w):
+        y = x
+        for a in w:
+            y = y + centred(0.0, y, a) / 4
+        return jnp.sum(y**2)
+
+    ours = jax.grad(lambda w: jnp.sum(jode.resnet(centred, x, w, span=1.0) ** 2))(w)
+    np.testing.assert_allclose(ours, jax.grad(loop)(w), rtol=1e-11)
+
+
+@pytest.mark.parametrize("adjoint", [jode.Backprop(2), jode.MemoryFree(), jode.ForwardMode()], ids=str)
+@pytest.mark.parametrize(("method", "degree"), [(jode.euler, 0), (jode.heun, 0), (jode.heun, 1)])
+def test_every_adjoint_serves_every_network(method, degree, adjoint):
+    w = smooth(65)
+    net = lambda w: jnp.sum(jode.resnet(f, X, w, method=method, degree=degree, span=1.0, adjoint=adjoint) ** 2)
+    exact = lambda w: jnp.sum(jode.resnet(f, X, w, method=method, degree=degree, span=1.0, adjoint=jode.ForwardMode()) ** 2)
+    v = rough(65, 3)
+    _, truth = jax.jvp(exact, (w,), (v,))
+    if isinstance(adjoint, jode.ForwardMode):
+        h = 1e-6
+        plus, minus = (exact(jax.tree.map(lambda a, b, s=s: a + s * b, w, v)) for s in (h, -h))
+        np.testing.assert_allclose(truth, (plus - minus) / (2 * h), rtol=1e-6)
+    else:
+        bar = jax.jit(jax.grad(net))(w)
+        found = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(bar), jax.tree.leaves(v), strict=True))
+        loose = {(0, 1): 0.05, (0, 2): 0.05, (1, 2): 1e-3}[degree, method.evaluations]
+        np.testing.assert_allclose(found, truth, rtol=loose if isinstance(adjoint, jode.MemoryFree) else 1e-11)
+
+
+# The linear network of SEEDS: x_{n+1} = (I + θ_n / N) x_n fitted to B.
+
+
+@cache
+def linear(n, seed=0, steps=400):
+    """Gradient descent (lr ∝ N) on ℓ = ½ ‖Π - B‖² from smooth ‖θ‖ ≤ 1/4, ℓ(0) ≤ e^-3 / 32: losses and smoothness along the way."""
+    rng = np.random.default_rng(seed)
+    wave = np.cos(np.pi * np.arange(n) / n)[:, None, None]
+    start = jnp.asarray(0.05 * wave * rng.normal(size=(2, 2)))
+    product = lambda w: jode.resnet(lambda t, x, a: a @ x, jnp.eye(2), w, span=1.0)
+    nearby = rng.normal(size=(2, 2))
+    target = product(start) + jnp.asarray(0.9 * np.sqrt(2 * np.exp(-3) / 32) * nearby / np.linalg.norm(nearby))
+    loss = lambda w: jnp.sum((product(w) - target) ** 2) / 2
+
+    @jax.jit
+    def descend(w):
+        def step(w, _):
+            value, g = jax.value_and_grad(loss)(w)
+            return w - 0.1 * n * g, (value, depth.smoothness(w), jnp.max(jnp.linalg.norm(w, axis=(1, 2))))
+
+        return jax.lax.scan(step, w, None, length=steps)[1]
+
+    return [np.asarray(v) for v in descend(start)]
+
+
+@pytest.mark.parametrize("n", [10, 40])
+def test_gradient_descent_keeps_linear_networks_smooth(n):
+    losses, smoothness, sizes = linear(n)
+    t = 0.1 * np.arange(len(losses))
+    assert losses[0] <= np.exp(-3) / 32
+    assert sizes.max() <= 0.5
+    assert np.all(losses <= losses[0] * np.exp(-2 * np.exp(-1) * t) * (1 + 5 / n) + 1e-30)
+    assert smoothness.max() <= smoothness[0] + 1.0
