@@ -74,12 +74,16 @@ def contained(
             zero, bad = zero.reshape(shape), poisoned.reshape(shape)
         return jnp.where(bad, jnp.nan, jnp.where(zero, 0, x)).astype(x.dtype)
 
+    def settle_stack(x: Array, mapped: bool) -> Array:
+        """The same; without a failure the stack of all layers stays in the buffer that the march wrote it to."""
+        return jax.lax.cond(jnp.any(broken | poisoned), lambda x: settle(x, mapped), lambda x: x, x)
+
     flags = march.mapped or jax.tree.map(lambda _: False, problem)
     return (
         settle(ts, flags.ts),
         tuple(settle(x, m, jnp.zeros_like(broken)) for x, m in zip(y, flags.y0, strict=True)),
         [settle(x, m) for x, m in zip(shared, flags.params.shared, strict=True)],
-        [settle(x, m) for x, m in zip(layers, flags.params.layers, strict=True)],
+        [settle_stack(x, m) for x, m in zip(layers, flags.params.layers, strict=True)],
     )
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 import jode
+import jode.depth
 
 Weights = dict[str, Any]
 
@@ -45,19 +46,44 @@ def classifier(name: str, shape: tuple[int, int, int], width: int = 64, classes:
     kind, what, adjoint = MODELS[name]
     if kind == "mlp":
         return Classifier(name, partial(_init_mlp, shape=shape, classes=classes), _apply_mlp)
-    return Classifier(
-        name,
-        partial(
-            _init_net,
-            kind=kind,
-            depth=what if kind == "resnet" else None,
-            channels=shape[-1],
-            width=width,
-            shrink=shape[0] > 12,
-            classes=classes,
-        ),
-        partial(_apply_net, kind=kind, solver=what, adjoint=adjoint),
-    )
+    inits = {
+        "none": None,
+        "resnet": partial(_init_layers, depth=what, width=width),
+        "ode": partial(_init_vector_field, width=width),
+    }
+    init = partial(_init_net, block=inits[kind], shape=shape, width=width, classes=classes)
+    if kind == "none":
+        return Classifier(name, init, partial(_apply_net, block=None))
+    if kind == "resnet":
+        return Classifier(
+            name, init, partial(_apply_net, block=residual, span=float(what), solver=jode.Layers(jode.euler), adjoint=adjoint)
+        )
+    return Classifier(name, init, partial(_apply_net, block=vector_field, span=1.0, solver=what, adjoint=adjoint))
+
+
+def deep(
+    shape: tuple[int, int, int],
+    depth: int,
+    *,
+    width: int = 16,
+    solver: jode.Layers = jode.Layers(jode.euler),
+    span: float = 1.0,
+    adjoint: Any = jode.Backprop(),
+    turn: float | None = 0.0,
+    classes: int = 10,
+) -> Classifier:
+    """A residual network of any depth between the same stem and head, each of its steps span / N wide.
+
+    `turn` is that of `jode.depth.smooth_init`: 0 starts with tied layers; None draws them independently.
+    """
+    one = partial(_init_residual, width=width)
+    if turn is None:
+        block = partial(_init_layers, depth=depth, width=width)
+    else:
+        block = lambda key: jode.depth.smooth_init(key, one, depth, turn)
+    init = partial(_init_net, block=block, shape=shape, width=width, classes=classes)
+    apply = partial(_apply_net, block=residual, span=span, solver=solver, adjoint=adjoint)
+    return Classifier(f"{depth} layers", init, apply)
 
 
 def features(weights: Weights, image: Array) -> Array:
@@ -82,25 +108,28 @@ def vector_field(t: Array, x: Array, w: Weights) -> Array:
     return _norm(w["norm3"], x)
 
 
-def _apply_net(weights: Weights, image: Array, *, kind: str, solver: Any, adjoint: Any) -> tuple[Array, tuple[Any, Any]]:
-    x, nfe = features(weights, image), (0, 0)
-    if kind == "resnet":
-        sol = jode.solve(residual, x, (0.0, float(solver)), weights["block"], solver=jode.Layers(jode.euler), adjoint=adjoint)
-    elif kind == "ode":
-        sol = jode.solve(vector_field, x, (0.0, 1.0), weights["block"], solver=solver, adjoint=adjoint)
-    if kind != "none":
-        x, nfe = sol.ys[-1], (sol.stats.nfe, sol.stats.nfe_backward)
-    return logits(weights["head"], x), nfe
+def _apply_net(
+    weights: Weights, image: Array, *, block: Callable | None, span: float = 1.0, solver: Any = None, adjoint: Any = None
+) -> tuple[Array, tuple[Any, Any]]:
+    x = features(weights, image)
+    if block is None:
+        return logits(weights["head"], x), (0, 0)
+    sol = jode.solve(block, x, (0.0, span), weights["block"], solver=solver, adjoint=adjoint)
+    return logits(weights["head"], sol.ys[-1]), (sol.stats.nfe, sol.stats.nfe_backward)
 
 
-def _init_net(key: Array, *, kind: str, depth: int | None, channels: int, width: int, shrink: bool, classes: int) -> Weights:
-    stem, block, head = jax.random.split(key, 3)
-    weights: Weights = {"stem": _init_stem(stem, channels, width, shrink), "head": _init_head(head, width, classes)}
-    if kind == "resnet":
-        weights["block"] = jax.vmap(partial(_init_residual, width=width))(jax.random.split(block, depth or 1))
-    elif kind == "ode":
-        weights["block"] = _init_vector_field(block, width)
+def _init_net(
+    key: Array, *, block: Callable[[Array], Weights] | None, shape: tuple[int, int, int], width: int, classes: int
+) -> Weights:
+    stem, inside, head = jax.random.split(key, 3)
+    weights: Weights = {"stem": _init_stem(stem, shape[-1], width, shape[0] > 12), "head": _init_head(head, width, classes)}
+    if block is not None:
+        weights["block"] = block(inside)
     return weights
+
+
+def _init_layers(key: Array, depth: int, width: int) -> Weights:
+    return jax.vmap(partial(_init_residual, width=width))(jax.random.split(key, depth))
 
 
 def _init_residual(key: Array, width: int) -> Weights:

@@ -1,0 +1,98 @@
+"""From a few tied layers to a very deep network, fine-tuned without stored states (Sander, Ablin & Peyré 2022), on real digits.
+
+    python examples/deep_finetune.py       # two minutes; --data DIR for MNIST's four IDX .gz files
+
+A convolutional network whose 8 layers share one set of weights is trained; the layers are untied into 32, 128 and 512, each a
+smaller step of the same depth, and each learns weights of its own with `MemoryFree`. Saves deep_finetune.png.
+"""
+
+import argparse
+from functools import partial
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+
+import jode
+from jode import data, train
+from jode.depth import smoothness, untie
+from jode.models import Classifier, deep
+
+TIED, DEPTHS, WIDTH = 8, (32, 128, 512), 8
+
+
+def tied(shape):
+    """One block, used in every layer: its gradient is the sum of theirs."""
+    net, one = deep(shape, TIED, width=WIDTH), deep(shape, 1, width=WIDTH)
+
+    def init(key):
+        weights = one.init(key)
+        return {**weights, "block": jax.tree.map(lambda x: x[0], weights["block"])}
+
+    return Classifier(f"{TIED} tied layers", init, lambda w, image: net.apply({**w, "block": untie(w["block"], TIED)}, image))
+
+
+def untied(shape, depth, weights, adjoint):
+    """The same function to O(1/N), with weights of its own in each layer."""
+    start = {**weights, "block": untie(weights["block"], depth)}
+    return Classifier(f"{depth} layers", lambda key: start, deep(shape, depth, width=WIDTH, adjoint=adjoint).apply)
+
+
+def memory(model, training, batch):
+    """MiB of temporaries of the gradient of one batch."""
+    weights = jax.eval_shape(model.init, jax.random.key(0))
+    images, labels = training.images[:batch], training.labels[:batch]
+    gradient = jax.jit(jax.grad(lambda w: train.objective(model)(w, images, labels)[0]))
+    return gradient.lower(weights).compile().memory_analysis().temp_size_in_bytes / 2**20
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--data", help="folder of MNIST; scikit-learn's digits if not given")
+    p.add_argument("--epochs", type=int, default=15)
+    p.add_argument("--out", default="deep_finetune.png")
+    args = p.parse_args()
+    training, test = data.mnist(args.data) if args.data else data.digits()
+    shape, batch = training.images.shape[1:], 64
+    base, report = train.fit(tied(shape), training, test, epochs=args.epochs, batch=batch, rate=1e-2)
+    rows, after = [], None
+    for depth in DEPTHS:
+        free, stored = (untied(shape, depth, base, a) for a in (jode.MemoryFree(max_drift=1.0), jode.Backprop(None)))
+        before = train.evaluator(free)(free.init(None), test)
+        after, tuned = train.fit(free, training, test, epochs=3, batch=batch, rate=1e-3)
+        rows.append(
+            (depth, 100 - 100 * before, 100 - 100 * tuned.error, memory(free, training, batch), memory(stored, training, batch))
+        )
+    print(f"\n{TIED} tied layers: {100 - 100 * report.error:.2f} % of test digits right\n")
+    print("| layers | untied % | fine-tuned % | memory-free, MiB | backprop, MiB |\n|---:|---:|---:|---:|---:|")
+    for row in rows:
+        print("| {} | {:.2f} | {:.2f} | {:.2f} | {:.2f} |".format(*row))
+    print(f"\nsmoothness N max ‖θ_n+1 - θ_n‖ of the deepest: {smoothness(after['block']):.2f}")
+    figure(np.array(rows), 100 - 100 * report.error, after["block"], args.out)
+
+
+def figure(rows, start, block, out):
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
+    fig, (a, b, c) = plt.subplots(1, 3, figsize=(13, 3.9), constrained_layout=True)
+    depths, before, tuned, free, stored = rows.T
+    place = partial(np.linspace, 0, 1)
+    a.axhline(start, color="#8a8f98", lw=1, label=f"{TIED} tied layers")
+    a.plot(depths, before, "o--", color="#2d6ca2", label="untied")
+    a.plot(depths, tuned, "o-", color="#c6553b", label="fine-tuned, memory-free")
+    a.set(title="Test accuracy, %", xlabel="layers", xscale="log")
+    b.plot(depths, stored, "o-", color="#2d6ca2", label="every state stored")
+    b.plot(depths, free, "o-", color="#c6553b", label="memory-free")
+    b.set(title="Temporaries of the gradient, MiB", xlabel="layers", xscale="log", yscale="log")
+    entries = np.asarray(block["conv1"]["weight"])
+    c.plot(place(len(entries)), (entries - entries.mean(0)).reshape(len(entries), -1)[:, :40], lw=1)
+    c.set(title="What 40 weights became, by depth (from equal)", xlabel="depth n / N")
+    for ax in (a, b):
+        ax.set_xticks(depths, [f"{d:.0f}" for d in depths])
+        ax.minorticks_off()
+        ax.legend()
+    fig.savefig(out, dpi=160)
+    print(f"figure: {out}")
+
+
+if __name__ == "__main__":
+    main()
