@@ -23,6 +23,9 @@ NAMES = (
     "training",
     "gradient_memory",
     "reversible",
+    "gradient_depth",
+    "thousand_layers",
+    "regularisation",
 )
 
 

@@ -1,7 +1,7 @@
 """How wrong is the gradient without stored states, by depth? Sander, Ablin & Peyré 2022, on trained convolutional nets and real digits.
 
-Nets of N layers, each step 1/N, start with equal layers and are trained with exact gradients; then the memory-free gradient of test digits is compared with the
-exact one, for each convolution of each layer. python -m benchmarks gradient_depth
+Nets of N layers, each step 1/N, start with equal layers and are trained with exact gradients; then the memory-free gradient of
+test digits is compared with the exact one, for each convolution of each layer. python -m benchmarks gradient_depth
 """
 
 from benchmarks.measure import report, save
@@ -44,7 +44,15 @@ def main(quick=False):
         for what, column in (("worst", 1), ("median", 2)):
             enough = [p[0] for p in points if p[column] > 0.99]
             rows.append(["fewest", f"{name}, {what} cosine > 0.99", *["–"] * 4, str(min(enough)) if enough else "none of these"])
-    columns = ["depth", "solver", "test accuracy %", "worst cosine", "median cosine", "relative squared error", "reconstruction error"]
+    columns = [
+        "depth",
+        "solver",
+        "test accuracy %",
+        "worst cosine",
+        "median cosine",
+        "relative squared error",
+        "reconstruction error",
+    ]
     report("gradient_depth", "Memory-free gradients of trained convolutional nets, 8x8 digits, float32", columns, rows, quick)
     draw(curves, quick)
 
@@ -63,7 +71,9 @@ def compare(weights, solver, depth, test, size=100):
         a, b = (np.asarray(g[conv]["weight"], np.float64).reshape(depth, -1) for g in (exact, free))
         cosines.append((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1))
         squares.append(((a - b) ** 2).sum(1) / (a**2).sum(1))
-    back = jax.jit(jax.vmap(lambda x: jode.depth.reconstruction_error(residual, weights["block"], features(weights, x), solver=solver)))
+    back = jax.jit(
+        jax.vmap(lambda x: jode.depth.reconstruction_error(residual, weights["block"], features(weights, x), solver=solver))
+    )
     return np.concatenate(cosines), np.mean(squares), float(jnp.mean(back(images)))
 
 
@@ -78,7 +88,7 @@ def draw(curves, quick):
         right.plot(depth, drift, "o-", color=color, label=f"{name}: reconstructed input")
         right.plot(depth, np.sqrt(error), "s--", color=color, alpha=0.5, label=f"{name}: gradient")
     left.axhline(0.01, color="#8a8f98", lw=1)
-    left.annotate("cosine 0.99", (depth[-1], 0.01), (-2, 4), textcoords="offset points", ha="right", color="#5a5f68")
+    left.annotate("cosine 0.99", (depth[0], 0.01), (-2, -12), textcoords="offset points", ha="left", color="#5a5f68")
     left.set(title="Angle to the exact gradient, by convolution", ylabel="1 - cosine")
     right.set(title="Relative error (root mean square)", ylabel="error")
     for ax in (left, right):

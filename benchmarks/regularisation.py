@@ -31,19 +31,34 @@ def main(quick=False):
     rows, curves, steps = [], {}, STEPS // 10 if quick else STEPS
     for name, (smooth, activation, _) in STARTS.items():
         for depth in DEPTHS:
-            w, smoothness, losses = train(depth, smooth, activation, jnp.asarray(training.images), jnp.asarray(training.labels), steps)
+            w, smoothness, losses = train(
+                depth, smooth, activation, jnp.asarray(training.images), jnp.asarray(training.labels), steps
+            )
             inputs = jnp.asarray(test.images[:20]).reshape(20, -1) @ w["stem"]
             block = partial(layer, activation)
             distance = jax.jit(jax.vmap(lambda x: jode.depth.distance(block, w["layers"], x, substeps=2)))(inputs)
             right = jnp.argmax(jax.vmap(partial(logits, activation, w))(jnp.asarray(test.images)), -1) == test.labels
             curves[name, depth] = np.asarray(smoothness)
             s = curves[name, depth]
-            rows.append(
-                [depth, name, f"{s[0]:.2f}", f"{s.max():.2f}", f"{s[-1]:.2f}", f"{losses[-1]:.3f}", f"{100 * jnp.mean(right):.1f}"]
-                + [f"{jnp.mean(distance):.1e}"]
-            )
-    columns = ["depth", "solver", "N max ‖Δθ‖ at first", "largest", "at the end", "loss", "test accuracy %", "distance from its ODE"]
-    report("regularisation", f"Residual perceptrons of width {WIDTH}, 8x8 digits, {steps} steps of gradient descent", columns, rows, quick)
+            found = [f"{s[0]:.2f}", f"{s.max():.2f}", f"{s[-1]:.2f}", f"{losses[-1]:.3f}", f"{100 * jnp.mean(right):.1f}"]
+            rows.append([depth, name, *found, f"{jnp.mean(distance):.1e}"])
+    columns = [
+        "depth",
+        "solver",
+        "N max ‖Δθ‖ at first",
+        "largest",
+        "at the end",
+        "loss",
+        "test accuracy %",
+        "distance from its ODE",
+    ]
+    report(
+        "regularisation",
+        f"Residual perceptrons of width {WIDTH}, 8x8 digits, {steps} steps of gradient descent",
+        columns,
+        rows,
+        quick,
+    )
     draw(curves, quick)
 
 
@@ -64,7 +79,11 @@ def train(depth, smooth, activation, images, labels, steps):
 
     a, b, c, d = jax.random.split(jax.random.key(0), 4)
     layers = jode.depth.smooth_init(b, one, depth, turn=0.0) if smooth else jax.vmap(one)(jax.random.split(b, depth))
-    w = {"stem": jax.random.normal(a, (64, WIDTH)) / 8, "layers": layers, "head": jax.random.normal(c, (WIDTH, 10)) / np.sqrt(WIDTH)}
+    w = {
+        "stem": jax.random.normal(a, (64, WIDTH)) / 8,
+        "layers": layers,
+        "head": jax.random.normal(c, (WIDTH, 10)) / np.sqrt(WIDTH),
+    }
 
     def loss(w, batch):
         scores = jax.vmap(partial(logits, activation, w))(images[batch])

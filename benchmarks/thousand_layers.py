@@ -118,7 +118,9 @@ def draw(curves, losses, quick):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name, color, style in (("Backprop", "#2d6ca2", "-"), ("MemoryFree", "#c6553b", "--")):
         left.plot(MEMORY, curves[name], "o-", color=color, label=name)
-        left.annotate(f"{curves[name][-1]:.1f} MiB", (MEMORY[-1], curves[name][-1]), (6, -3), textcoords="offset points", color=color)
+        left.annotate(
+            f"{curves[name][-1]:.1f} MiB", (MEMORY[-1], curves[name][-1]), (6, -3), textcoords="offset points", color=color
+        )
         right.plot(np.arange(1, len(losses[name]) + 1), losses[name], style, color=color, label=name, lw=1.6)
     left.set(xscale="log", yscale="log", xlabel="depth", title="Temporaries of the gradient, MiB", xlim=(8, 9000))
     left.set_xticks(MEMORY, [f"{d:,}" for d in MEMORY])

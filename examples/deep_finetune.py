@@ -1,6 +1,6 @@
 """From a few tied layers to a very deep network, fine-tuned without stored states (Sander, Ablin & Peyré 2022), on real digits.
 
-    python examples/deep_finetune.py       # two minutes; --data DIR for MNIST's four IDX .gz files
+    python examples/deep_finetune.py       # four minutes; --data DIR for MNIST's four IDX .gz files
 
 A convolutional network whose 8 layers share one set of weights is trained; the layers are untied into 32, 128 and 512, each a
 smaller step of the same depth, and each learns weights of its own with `MemoryFree`. Saves deep_finetune.png.

@@ -73,6 +73,7 @@ def main():
         print(f"| {depth} | " + " | ".join(f"{s:.3f}" for s in spread) + f" | {slope:.2f} |")
         a.loglog(widths, spread, "o-", color=color, label=f"{depth} layers, slope {slope:.2f}")
     a.set_xticks(widths, map(str, widths))
+    a.set_yticks([0.2, 0.3, 0.4], ["0.2", "0.3", "0.4"])
     a.set(title="Fluctuation of the kernel, steps 1/√L", xlabel="width")
     for power, color in ((0.0, "#c6553b"), (0.5, "#2d6ca2"), (1.0, "#5b8c5a")):
         sizes = [np.trace(kernels(depth, 64, power).mean(0)) / D for depth in depths]

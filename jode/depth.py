@@ -290,11 +290,11 @@ def distance_bound(
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError("distance_bound: x must be real")
     h = span / steps
-    pieces = _pieces(weights, degree, steps)
+    pieces, join = _split(_pieces(weights, degree, steps))
     ts = jnp.asarray(np.arange(steps) * h, x.dtype)
 
-    def slope(t: Array, y: Array, n: Array, a: Any) -> Array:
-        return ravel_pytree(f(t, unravel(y), _piece(a, t / h - n)))[0].astype(x.dtype)
+    def slope(t: Array, y: Array, n: Array, a: list) -> Array:
+        return ravel_pytree(f(t, unravel(y), _piece(join(a), t / h - n)))[0].astype(x.dtype)
 
     def layer(xs: tuple) -> tuple[Array, Array]:
         n, t, a, path, net = xs
@@ -389,15 +389,7 @@ def _piece(coefficients: Any, c: Array) -> Any:
 def _at(pieces: Any, n: Array, c: Array) -> Any:
     """The weights a fraction c into step n; arrays of both give stacked weights."""
     if n.ndim:
-        arrays, treedef = jax.tree.flatten(pieces)
-        which = [isinstance(a, jax.Array) for a in arrays]
-
-        def one(n: Array, c: Array) -> list:
-            leaves = jax.tree.leaves(_at(pieces, n, c))
-            return [x for x, yes in zip(leaves, which, strict=True) if yes]
-
-        found = iter(jax.vmap(one)(n, c))
-        return jax.tree.unflatten(treedef, [next(found) if yes else a for a, yes in zip(arrays, which, strict=True)])
+        return _split(pieces)[1](jax.vmap(lambda n, c: _split(_at(pieces, n, c))[0])(n, c))
     return _piece(_map(lambda a: jax.lax.dynamic_index_in_dim(a, n, 0, keepdims=False), pieces), c)
 
 
@@ -419,6 +411,20 @@ def _steps(weights: Any, steps: int | None) -> int:
 def _map(leaf: Callable, tree: Any) -> Any:
     """The tree with its arrays mapped and the rest as it is."""
     return jax.tree.map(lambda x: leaf(x) if isinstance(x, jax.Array) else x, tree)
+
+
+def _split(tree: Any) -> tuple[list[Array], Callable[[list], Any]]:
+    """The arrays of a tree, and the function that puts others in their places."""
+    leaves, treedef = jax.tree.flatten(tree)
+    places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+
+    def join(arrays: list) -> Any:
+        merged = list(leaves)
+        for i, x in zip(places, arrays, strict=True):
+            merged[i] = x
+        return jax.tree.unflatten(treedef, merged)
+
+    return [leaves[i] for i in places], join
 
 
 def _arrays(tree: Any) -> Any:

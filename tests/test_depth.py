@@ -292,7 +292,20 @@ def test_every_adjoint_serves_every_network(method, degree, adjoint):
         np.testing.assert_allclose(found, truth, rtol=loose if isinstance(adjoint, jode.MemoryFree) else 1e-11)
 
 
-# The linear network of SEEDS: x_{n+1} = (I + θ_n / N) x_n fitted to B.
+@pytest.mark.optimized
+def test_a_thousand_layers_take_the_memory_of_ten():
+    def temporaries(n):
+        w = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in {"in": (n, 16, 16), "bias": (n, 16), "out": (n, 16, 16)}.items()}
+        block = lambda t, x, w: jnp.tanh(x @ w["in"] + w["bias"]) @ w["out"]
+        net = lambda x, w: jode.resnet(block, x, w, span=1.0, adjoint=jode.MemoryFree())
+        loss = lambda w, xs: jnp.sum(jax.vmap(net, (0, None))(xs, w) ** 2)
+        program = jax.jit(jax.grad(loss)).lower(w, jax.ShapeDtypeStruct((64, 16), jnp.float32)).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(1000) <= 1.1 * temporaries(10)
+
+
+# The linear network: x_{n+1} = (I + θ_n / N) x_n fitted to B.
 
 
 @cache

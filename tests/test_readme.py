@@ -28,3 +28,11 @@ def test_the_page_on_adjoints_runs(capsys):
         for block in blocks("docs/adjoints.md"):
             exec(block, {})
     assert "MemoryFree()" in capsys.readouterr().out
+
+
+def test_the_page_on_residual_networks_runs():
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        space = {}
+        for block in blocks("docs/depth.md"):
+            exec(block, space)
+    assert space["batch"].shape == (32, 4)
