@@ -1,14 +1,25 @@
-"""Real digits: those scikit-learn ships, and MNIST in its IDX .gz format."""
+"""Data of the experiments: real digits and images from their standard files, and synthetic sets drawn from a key."""
 
 from __future__ import annotations
 
 import gzip
+import io
+import lzma
 import struct
+import tarfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
+
+from jode.grid import Fixed
+from jode.ivp import odeint
+from jode.method import rk4
 
 
 class DataError(ValueError):
@@ -69,3 +80,114 @@ def read_idx(path: str | Path) -> np.ndarray:
     if len(raw) - start != expected:
         raise DataError(f"{path}: its header promises {expected} bytes of shape {shape}, it holds {len(raw) - start}")
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+
+
+def spheres(key: Array, n: int, d: int = 2) -> tuple[Array, Array]:
+    """Concentric spheres in d dimensions, (n, d) points and (n,) labels: class 1 between two shells of class 0 (Ott et al. 2021).
+
+    A quarter of the points has radii in [0.1, 0.15], a half (class 1) in [0.25, 0.3], a quarter in [0.4, 0.45]:
+    r = r_min + (r_max - r_min) u^(1/d), u uniform, in directions uniform on the sphere. Points come in random order.
+    """
+    if n < 4 or d < 1:
+        raise ValueError(f"spheres: want at least 4 points in at least 1 dimension, got n = {n}, d = {d}")
+    shells = ((0.1, 0.15, 0, n // 4), (0.25, 0.3, 1, n // 2), (0.4, 0.45, 0, n - n // 4 - n // 2))
+    low, high, labels = (np.concatenate([np.full(s[3], s[i]) for s in shells]) for i in range(3))
+    a, b, c = jax.random.split(key, 3)
+    direction = jax.random.normal(a, (n, d))
+    direction = direction / jnp.linalg.norm(direction, axis=1, keepdims=True)
+    low, high = jnp.asarray(low, direction.dtype), jnp.asarray(high, direction.dtype)
+    radius = low + (high - low) * jax.random.uniform(b, (n,), direction.dtype) ** (1 / d)
+    order = jax.random.permutation(c, n)
+    return (radius[:, None] * direction)[order], jnp.asarray(labels, jnp.int32)[order]
+
+
+# V'(x), from the constant to x⁵; its minima.
+LANDSCAPE = (-0.192, 0.176, 2.364, -0.768, -2.5, 1.2)
+MINIMA = (-0.850, 0.269, 1.839)
+
+
+def three_minima(key: Array, n: int) -> tuple[Array, Array]:
+    """Initial states (x, v) of a particle in a landscape with three minima, (n, 2), and the minimum it ends in, (n,): Ott et al. 2021.
+
+    d²x/dt² = -V'(x) - 0.2 dx/dt, x0 uniform in [-1, 2], v0 in [-2, 2]; 5,000 steps of RK4 to t = 100.
+    """
+    low, high = jnp.array([-1.0, -2.0]), jnp.array([2.0, 2.0])
+    start = jax.random.uniform(key, (n, 2), minval=low, maxval=high)
+
+    def field(t: Array, y: Array, args: None) -> Array:
+        return jnp.stack([y[1], -jnp.polyval(jnp.asarray(LANDSCAPE[::-1], y.dtype), y[0]) - 0.2 * y[1]])
+
+    ends = jax.jit(jax.vmap(lambda y: odeint(field, y, (0.0, 100.0), solver=Fixed(rk4, 5000))[-1]))(start)
+    gaps = jnp.abs(ends[:, :1] - jnp.asarray([MINIMA], ends.dtype))
+    return start, jnp.argmin(gaps, axis=1).astype(jnp.int32)
+
+
+CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def cifar10(path: str | Path) -> tuple[Images, Images]:
+    """CIFAR-10 as (train, test), from a folder or a .tar, .tar.gz or .tar.xz of it; raises `DataError` naming a bad file.
+
+    It holds either the standard binary batches, data_batch_1.bin … data_batch_5.bin and test_batch.bin (10,000 records of 3,073
+    bytes: the label and three 32x32 planes), or a copy as images, train/<class>/*.jpg (or .png) and test/<class>/*; these
+    take Pillow. JPEG is lossy: say so beside an accuracy.
+    """
+    path = Path(path)
+    files = _members(path)
+    binary = [k for k in files if k.endswith(".bin") and "batch" in Path(k).name]
+    if binary:
+        named = {Path(k).name: k for k in binary}
+        wanted = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+        if missing := [k for k in wanted if k not in named]:
+            raise DataError(f"{path}: {', '.join(missing)} not found")
+        parts = [_records(f"{path}: {k}", files[named[k]]()) for k in wanted]
+        return Images(*(np.concatenate(x) for x in zip(*parts[:5], strict=True))), parts[5]
+    return _pictures(path, files, "train"), _pictures(path, files, "test")
+
+
+def _members(path: Path) -> dict[str, Callable[[], bytes]]:
+    """Files by name, each with a function that reads it."""
+    if path.is_dir():
+        return {str(p.relative_to(path)): p.read_bytes for p in sorted(path.rglob("*")) if p.is_file()}
+    try:
+        with tarfile.open(path) as archive:
+            contents = {m.name: archive.extractfile(m) for m in archive if m.isfile()}
+            read = {k: f.read() for k, f in contents.items() if f is not None}
+    except FileNotFoundError as e:
+        raise DataError(f"{path}: not found") from e
+    except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as e:
+        raise DataError(f"{path}: truncated or damaged archive ({e})") from e
+    return {k: lambda v=v: v for k, v in sorted(read.items())}
+
+
+def _records(where: str, raw: bytes) -> Images:
+    if len(raw) != 10_000 * 3073:
+        raise DataError(f"{where}: expected 10000 records of 3073 bytes, 30730000 in all, got {len(raw)}")
+    records = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
+    if records[:, 0].max() > 9:
+        raise DataError(f"{where}: label {records[:, 0].max()} is not one of ten classes")
+    pixels = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return Images(pixels / np.float32(255), records[:, 0].astype(np.int32))
+
+
+def _pictures(path: Path, files: dict[str, Callable[[], bytes]], part: str) -> Images:
+    from PIL import Image
+
+    images, labels = [], []
+    for label, kind in enumerate(CIFAR):
+        names = [k for k in files if k.startswith(f"{part}/{kind}/") or f"/{part}/{kind}/" in k]
+        if not names:
+            raise DataError(f"{path}: no images in {part}/{kind}, and no data_batch_1.bin either")
+        for k in names:
+            try:
+                pixels = np.asarray(Image.open(io.BytesIO(files[k]())).convert("RGB"))
+            except OSError as e:
+                raise DataError(f"{path}: {k} is truncated or not an image ({e})") from e
+            if pixels.shape != (32, 32, 3):
+                raise DataError(f"{path}: {k} is {pixels.shape[0]}x{pixels.shape[1]}, not 32x32")
+            images.append(pixels)
+            labels.append(label)
+    counts = {labels.count(k) for k in range(10)}
+    if len(counts) > 1:
+        raise DataError(f"{path}: classes of {part} have {sorted(counts)} images; CIFAR-10 has equally many of each")
+    return Images(np.stack(images) / np.float32(255), np.asarray(labels, np.int32))

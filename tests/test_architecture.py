@@ -20,6 +20,7 @@ ROOMS = [
     "adjoint",
     "ivp",
     "depth",
+    "validity",
     "audit",
     "data",
     "models",

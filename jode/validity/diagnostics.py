@@ -1,0 +1,125 @@
+"""What else tells an ODE from a discrete map: trajectories that cross, errors that do not converge, steps that err much."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+from jode.grid import Fixed
+from jode.ivp import odeint
+from jode.method import Method
+
+
+def crossings(paths: Array) -> Array:
+    """Which trajectories cross: an array (B, B) of bools for paths (B, T, d), d = 1 or 2, joined by straight lines.
+
+    Solutions of an autonomous ODE never do: in one dimension they keep their order at all times, in two their orbits have no
+    point in common. Paths of a residual network or of coarse steps may, which is how they separate what no flow separates.
+    Orbits that merely touch, or share a point within rounding, do not count; neither does a path that crosses itself. O(B² T)
+    for d = 1, O(B² T²) for d = 2.
+    """
+    paths = jnp.asarray(paths)
+    if paths.ndim != 3 or paths.shape[2] not in (1, 2):
+        raise ValueError(
+            f"crossings: paths must have shape (B, T, d), d = 1 or 2, got {paths.shape}; in space no curves need cross"
+        )
+    if paths.shape[2] == 1:
+        x = paths[..., 0]
+        gap = x[:, None, :] - x[None, :, :]
+        return jnp.any(gap > 0, axis=-1) & jnp.any(gap < 0, axis=-1)
+
+    def side(a: Array, b: Array, c: Array) -> Array:
+        """Which side of the line from a to b the point c lies on."""
+        u, v = b - a, c - a
+        return jnp.sign(u[..., 0] * v[..., 1] - u[..., 1] * v[..., 0])
+
+    def pair(p: Array, q: Array) -> Array:
+        a, b = p[:-1, None], p[1:, None]
+        c, d = q[None, :-1], q[None, 1:]
+        return jnp.any((side(a, b, c) * side(a, b, d) < 0) & (side(c, d, a) * side(c, d, b) < 0))
+
+    crossed = jax.lax.map(lambda p: jax.vmap(pair, (None, 0))(p, paths), paths)
+    return crossed & ~jnp.eye(len(paths), dtype=bool)
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """A model's error against its step counts, coarse to fine.
+
+    `order` is the slope with which errors approach that of the finest steps; `plateau` whether refining beyond the training
+    steps leaves the error as it is; `valid` whether both say that the model is an ODE.
+    """
+
+    method: Method
+    steps: tuple[int, ...]
+    errors: np.ndarray
+    trained: int
+    order: float
+    plateau: bool
+
+    @property
+    def valid(self) -> bool:
+        return self.plateau and self.order >= self.method.order - 0.5
+
+    def __str__(self) -> str:
+        lines = ["| steps | error |", "|---:|---:|"]
+        for n, e in zip(self.steps, self.errors, strict=True):
+            lines.append(f"| {n}{' (trained)' if n == self.trained else ''} | {e:.3e} |")
+        settled = "the error stays" if self.plateau else "the error does not stay"
+        verdict = "an ODE" if self.valid else "not an ODE"
+        return "\n".join(lines) + f"\n\norder {self.order:.2f} of {self.method.order}; refined, {settled}: {verdict}"
+
+
+def convergence(
+    error: Callable[[Fixed], Any], method: Method, steps: Sequence[int], *, trained: int | None = None, tolerance: float = 0.1
+) -> Convergence:
+    """The convergence test of Krishnapriyan et al. 2022: with ever smaller steps a model's error must settle, at the method's
+    order.
+
+    Args:
+        error: error(solver) -> the model's error against data, a pure function of the solver, smooth in what the model
+        predicts. method: the method the model was trained with. steps: at least four step counts, each twice the last.
+        trained: the one it was trained with, by default the first. tolerance: how far, relative to the error in training, the
+        error of finer steps may be from it.
+
+    A model that is an ODE has e(h) = e(0) + O(h^p): differences of successive errors fall by 2^p, and beyond the training
+    step nothing changes. One that is not is at its best at the training step, and worse with finer ones.
+    """
+    counts = np.asarray(steps)
+    if len(counts) < 4 or np.any(counts[1:] != 2 * counts[:-1]):
+        raise ValueError(f"convergence: steps must be at least four counts, each twice the last, got {list(steps)}")
+    trained = int(counts[0]) if trained is None else trained
+    if trained not in counts:
+        raise ValueError(f"convergence: trained = {trained} must be among the steps {list(steps)}")
+    errors = np.array([float(error(Fixed(method, int(n)))) for n in counts])
+    beyond = errors[list(counts).index(trained) :]
+    plateau = bool(np.all(np.abs(beyond - beyond[0]) <= tolerance * np.abs(beyond[0])))
+    gaps = np.abs(np.diff(errors))[-3:]  # the finest, where the asymptotic rate shows
+    noise = 8 * np.finfo(np.float32).eps * np.abs(errors).max()
+    gaps = gaps[gaps > noise]
+    order = float(np.polyfit(np.arange(len(gaps)), -np.log2(gaps), 1)[0]) if len(gaps) > 1 else float("inf")
+    return Convergence(method, tuple(int(n) for n in counts), errors, trained, order, plateau)
+
+
+def local_errors(f: Callable, y0: Any, span: tuple[float, float], args: Any = None, *, solver: Fixed) -> Array:
+    """An estimate of the error of each step of a solve, (steps,): ‖y(h) - y(h/2, h/2)‖ / (1 - 2^-p), p the order.
+
+    One step and two half steps are an embedded pair for any method (Richardson), here started from each state of the training
+    solve. Their sum estimates the global error where the flow neither contracts nor expands. Costs three times the solve.
+    """
+    ts = jnp.linspace(*span, int(solver.steps) + 1)
+    ys = odeint(f, y0, ts, args, solver=Fixed(solver.method, 1))
+
+    def one(t0: Array, t1: Array, y: Any) -> Array:
+        step, halves = (odeint(f, y, jnp.stack([t0, t1]), args, solver=Fixed(solver.method, k)) for k in (1, 2))
+        return jnp.linalg.norm(ravel_pytree(jax.tree.map(lambda a, b: a[-1] - b[-1], step, halves))[0])
+
+    before = jax.tree.map(lambda y: y[:-1], ys)
+    return jax.vmap(one)(ts[:-1], ts[1:], before) / (1 - 2.0**-solver.method.order)

@@ -1,0 +1,263 @@
+"""Is it an ODE? Verdicts on models of which the answer is known, and the adaptation's decisions, one by one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jode
+from jode import data
+from jode.models import planar
+from jode.validity import (
+    StepAdaptation,
+    StepState,
+    ToleranceAdaptation,
+    convergence,
+    critical_steps,
+    crossings,
+    first_step,
+    local_errors,
+    swap,
+)
+
+
+def decay(solver):
+    """The 'accuracy' of a model that is what one Euler step makes of dx/dt = -x: any other step count changes it."""
+    return jode.odeint(lambda t, y, a: -y, jnp.ones(()), (0.0, 1.0), solver=solver)[-1]
+
+
+SOLVERS = [
+    jode.Fixed(jode.euler, 1),
+    jode.Fixed(jode.euler, 2),
+    jode.Fixed(jode.midpoint, 4),
+    jode.Adaptive(jode.dopri5, 1e-6, 1e-6),
+]
+
+
+def test_a_model_of_one_coarse_step_is_not_an_ode_and_one_of_many_is():
+    coarse = swap(jax.jit(decay), SOLVERS)
+    assert not coarse.valid
+    np.testing.assert_allclose(coarse.table[0], [0, 0.25, decay(SOLVERS[2]), np.exp(-1)], atol=1e-6)
+    fine = swap(jax.jit(decay), [jode.Fixed(jode.euler, 100), *SOLVERS])
+    assert fine.valid
+    assert fine.counts[0].tolist() == [True, False, False, False, True]  # h^2 of 4 midpoint steps is coarser than h of 100
+    assert "an ODE" in str(fine)
+    assert "(0.000)" in str(fine)
+
+
+def test_several_models_make_a_cross_table():
+    table = swap(dict.fromkeys(SOLVERS[:2], decay), SOLVERS, threshold=0.2)
+    assert table.table.shape == (2, 4)
+    assert table.valid.tolist() == [False, True]
+    np.testing.assert_allclose(table.drops, [np.exp(-1), np.exp(-1) - 0.25], atol=0.02)
+
+
+def test_a_metric_that_is_not_finite_is_no_ode():
+    assert not swap(lambda s: jnp.nan if s.method is jode.midpoint else 1.0, SOLVERS[:3]).valid
+
+
+def test_swap_compiles_once_a_method():
+    traces = []
+
+    @jax.jit
+    def metric(solver):
+        traces.append(solver.method)
+        return decay(solver)
+
+    swap(metric, [jode.Fixed(m, n) for m in (jode.euler, jode.midpoint) for n in (1, 2, 4, 8)])
+    assert len(traces) == 2
+
+
+@pytest.mark.parametrize("critical", [1, 2, 3, 37, 64, 512])
+def test_the_critical_step_is_bracketed(critical):
+    bad, good = critical_steps(lambda n: n >= critical, ratio=1.0).bracket
+    assert good == critical
+    assert bad == (critical - 1 or None)
+    wide = critical_steps(lambda n: n >= critical, ratio=2.0)
+    assert wide.bracket[1] <= max(2 * (wide.bracket[0] or 1), 1)
+    assert len(wide.tried) <= 11
+
+
+def test_no_valid_step_count_is_said():
+    assert critical_steps(lambda n: False, most=64).bracket == (64, None)
+    with pytest.raises(ValueError, match="fewest <= most"):
+        critical_steps(lambda n: True, fewest=0)
+
+
+# Adaptation: what the algorithm decides, given what the metric says.
+
+
+def at(h, accuracy, tested, grown=None, **fields):
+    """One due update from step h, under a metric that answers by method; the new step."""
+    adapt = StepAdaptation(every=1, **fields)
+
+    def metric(solver):
+        return jnp.float32(tested if solver.method is adapt.test else tested if grown is None else grown)
+
+    state, check = jax.jit(lambda: adapt.update(StepState(jnp.float32(h), jnp.int32(0)), accuracy, metric))()
+    assert check.checked
+    return float(state.h)
+
+
+def test_a_step_that_disagrees_is_halved_and_one_that_agrees_grows():
+    assert at(0.1, accuracy=0.9, tested=0.7) == pytest.approx(0.05)
+    assert at(0.1, accuracy=0.9, tested=0.85) == pytest.approx(0.11)
+    assert at(0.1, accuracy=0.9, tested=0.85, grown=0.7) == pytest.approx(0.1)
+    assert at(0.95, accuracy=0.9, tested=0.9) == 1.0
+    assert at(0.1, accuracy=0.9, tested=np.nan) == pytest.approx(0.05)
+
+
+def test_steps_approach_their_bound_by_halves():
+    assert 1 / at(1 / 300, accuracy=0.9, tested=0.5) == pytest.approx(400, rel=1e-4)
+    assert 1 / at(1 / 500, accuracy=0.9, tested=0.5) == pytest.approx(500, rel=1e-4)
+
+
+def test_the_test_solver_errs_fifty_times_less():
+    adapt = StepAdaptation()
+    of = lambda n: int(adapt.tester(adapt.init(1 / n)).steps)
+    assert [of(n) for n in (1, 2, 10, 50, 200)] == [8, 10, 23, 50, 200]  # ⌈√(50 n)⌉, and n itself beyond 50
+    assert int(adapt.solver(adapt.init(1 / 50)).steps) == 50
+    assert int(adapt.solver(adapt.init(0.3)).steps) == 4
+    assert int(StepAdaptation(method=jode.midpoint, test=jode.rk4).tester(adapt.init(1 / 4)).steps) == 6  # (800)^(1/4)
+
+
+def test_only_every_fiftieth_iteration_looks():
+    adapt = StepAdaptation()
+    _, looked = jax.lax.scan(
+        lambda s, _: (lambda s, c: (s, (c.checked, s.h)))(*adapt.update(s, jnp.float32(1.0), lambda solver: jnp.float32(1.0))),
+        adapt.init(0.1),
+        None,
+        length=120,
+    )
+    assert np.flatnonzero(looked[0]).tolist() == [49, 99]
+    assert looked[1][-1] == pytest.approx(0.121)
+
+
+def test_tolerance_adaptation_decides_likewise():
+    adapt = ToleranceAdaptation(every=1)
+
+    def once(tested, nfe_test, nfe_grown, history=0.0):
+        seen = []
+
+        def metric(solver):
+            if solver.method is adapt.test:
+                jax.debug.callback(lambda r: seen.append(float(r)), solver.rtol)
+                return tested, nfe_test(solver.rtol)
+            return 0.9, nfe_grown
+
+        state = adapt.init(1e-3)._replace(history=jnp.full(5, history, jnp.float32))
+        state, _ = jax.jit(lambda: adapt.update(state, 0.9, 20.0, metric))()
+        jax.effects_barrier()
+        return float(state.tol), seen
+
+    assert once(0.9, lambda tol: 30.0, 18.0)[0] == pytest.approx(1.1e-3)
+    assert once(0.5, lambda tol: 30.0, 18.0)[0] == pytest.approx(0.5e-3)
+    assert once(0.9, lambda tol: 30.0, 20.0, history=20.0)[0] == pytest.approx(1e-3)  # as many evaluations as ever: refused
+    _, seen = once(0.9, lambda tol: jnp.where(tol < 1e-5, 30.0, 10.0), 18.0)
+    np.testing.assert_allclose(sorted(seen, reverse=True), [2e-4, 2e-5, 2e-6], rtol=1e-4)  # until it takes more evaluations
+
+
+def test_first_step_is_hairers():
+    # y' = y from ‖y‖ = 1: d0 = d1 = d2 = 1, so h_a = 0.01, h_b = 0.01^(1/2) and h = min(1, 0.1).
+    y0 = jnp.stack([jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])])
+    np.testing.assert_allclose(first_step(lambda t, y, a: y, y0), 0.1, rtol=1e-6)
+    assert first_step(lambda t, y, a: 1e-9 * y, y0) <= 1.0
+    assert np.isfinite(first_step(lambda t, y, a: 0 * y, y0))
+
+
+# Training with adaptation: traced once, resumed bit for bit.
+
+OPTIMIZER = optax.adam(1e-3)
+TRACES = []
+
+
+def iteration(carry, batch):
+    TRACES.append(1)
+    w, state, steps = carry
+    adapt = StepAdaptation(every=2)
+    x, y = batch
+    solver = adapt.solver(steps)
+
+    def accuracy(w, solver):
+        return jnp.mean(jnp.argmax(planar.logits(w, x, solver), 1).astype(y.dtype) == y, dtype=jnp.float32)
+
+    def loss(w):
+        scores = planar.logits(w, x, solver, jode.MemoryFree(max_drift=10.0))
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, y)), jnp.mean(
+            jnp.argmax(scores, 1).astype(y.dtype) == y, dtype=jnp.float32
+        )
+
+    g, right = jax.grad(loss, has_aux=True)(w)
+    steps, _ = adapt.update(steps, right, lambda solver: accuracy(w, solver))
+    updates, state = OPTIMIZER.update(g, state)
+    return (optax.apply_updates(w, updates), state, steps), solver.steps
+
+
+@pytest.fixture
+def standard_promotion():
+    """Optax promotes dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_one_trace_serves_every_step_count_and_training_resumes_bit_for_bit():
+    w = planar.init(jax.random.key(0), width=8)
+    x, y = data.spheres(jax.random.key(1), 24 * 16)
+    batches = x.reshape(24, 16, 2), y.reshape(24, 16)
+    start = (w, OPTIMIZER.init(w), StepAdaptation(every=2).init(1 / 40))
+    step = jax.jit(iteration)
+    carry, counts, kept = start, [], None
+    for k in range(24):
+        kept = carry if k == 13 else kept
+        carry, n = step(carry, (batches[0][k], batches[1][k]))
+        counts.append(int(n))
+    assert len(TRACES) == 1
+    assert np.sum(np.diff(counts) != 0) >= 5
+    saved = jax.tree.map(np.asarray, kept)  # what a checkpoint holds
+    again = jax.tree.map(jnp.asarray, saved)
+    for k in range(13, 24):
+        again, _ = step(again, (batches[0][k], batches[1][k]))
+    for a, b in zip(jax.tree.leaves(carry), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# Crossings, convergence, local errors.
+
+
+def test_coarse_paths_cross_and_fine_ones_do_not():
+    spin = lambda t, y, a: jnp.stack([-y[1], y[0]]) * 2 * jnp.pi - 0.3 * y
+    start = jnp.stack([jnp.array([r * np.cos(a), r * np.sin(a)]) for r, a in ((0.7, 0.0), (0.6, np.pi / 3))])
+    paths = lambda n: jax.vmap(lambda y: jode.odeint(spin, y, jnp.linspace(0, 1, n + 1), solver=jode.Fixed(jode.rk4, 1)))(start)
+    assert not crossings(paths(64)).any()
+    assert crossings(paths(3))[0, 1]
+    wild = jax.vmap(lambda y: jode.odeint(lambda t, y, a: -3 * y, y, (0.0, 0.5, 1.0), solver=jode.Fixed(jode.euler, 1)))
+    found = crossings(wild(jnp.array([[1.0], [2.0]])))  # each step turns the line over
+    assert found.tolist() == [[False, True], [True, False]]
+    with pytest.raises(ValueError, match="d = 1 or 2"):
+        crossings(jnp.zeros((4, 5, 3)))
+
+
+def test_convergence_tells_a_flow_from_a_map():
+    outcome = lambda solver: jode.odeint(lambda t, y, a: -3 * y, jnp.ones(()), (0.0, 1.0), solver=solver)[-1]
+    truth = 0.2  # data that the flow misses by a little
+    flow = convergence(lambda s: abs(outcome(s) - truth), jode.rk4, [4, 8, 16, 32, 64])
+    assert flow.valid
+    assert flow.order == pytest.approx(4, abs=0.4)
+    coarse = convergence(lambda s: abs(outcome(s) - outcome(jode.Fixed(jode.euler, 4))) + 1e-3, jode.euler, [4, 8, 16, 32, 64])
+    assert not coarse.valid
+    assert not coarse.plateau
+    assert coarse.order == pytest.approx(1, abs=0.2)
+    assert "not an ODE" in str(coarse)
+    with pytest.raises(ValueError, match="twice the last"):
+        convergence(lambda s: 0.0, jode.euler, [1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("method", [jode.euler, jode.heun, jode.rk4], ids=str)
+def test_local_errors_are_those_of_the_steps(method):
+    f, n = lambda t, y, a: -a * y, 8
+    found = local_errors(f, jnp.array([1.0, 2.0]), (0.0, 1.0), 0.7, solver=jode.Fixed(method, n))
+    ys = jode.odeint(f, jnp.array([1.0, 2.0]), jnp.linspace(0, 1, n + 1), 0.7, solver=jode.Fixed(method, 1))
+    true = np.linalg.norm(ys[1:] - ys[:-1] * np.exp(-0.7 / n), axis=1)
+    np.testing.assert_allclose(found, true, rtol=0.15)
