@@ -26,6 +26,8 @@ NAMES = (
     "gradient_depth",
     "thousand_layers",
     "regularisation",
+    "sphere2",
+    "tolerance",
 )
 
 

@@ -22,6 +22,7 @@ import jode
 from jode import data, train
 from jode.models import MODELS, classifier, features
 from jode.models.image import residual, vector_field
+from jode.validity import swap
 
 INK, COLOURS = (
     "#22303c",
@@ -53,6 +54,19 @@ def flatten(states):
     states = np.asarray(states).reshape(*states.shape[:2], -1)
     ends = states[:, -1] - states[:, -1].mean(0)
     return states @ np.linalg.svd(ends, full_matrices=False)[2][0]
+
+
+def verdict(weights, test, width, images=1000):
+    """ODE-Net under other solvers than its own: is it an ODE?"""
+    trained = MODELS["ODE-Net"][1]
+    solvers = [trained, jode.Adaptive(jode.dopri5, 1e-5, 1e-5), jode.Adaptive(jode.tsit5, 1e-4, 1e-4), jode.Fixed(jode.rk4, 16)]
+    some = data.Images(test.images[:images], test.labels[:images])
+
+    def accuracy(solver):
+        model = classifier("ODE-Net", test.images.shape[1:], width, solver=solver)
+        return 1 - train.evaluator(model)(weights["ODE-Net"], some)
+
+    return swap(accuracy, solvers)
 
 
 def figure(reports, weights, images, labels, out):
@@ -101,6 +115,7 @@ def main():
         weights[name], report = train.fit(model, training, test, epochs=args.epochs, batch=args.batch, limit=args.limit)
         reports.append(report)
     print("\n" + train.table(reports))
+    print(f"\nODE-Net, test accuracy under other solvers:\n\n{verdict(weights, test, args.width)}")
     args.out.with_suffix(".json").write_text(json.dumps([asdict(r) for r in reports]))
     first = [int(np.flatnonzero(test.labels == k)[0]) for k in range(10)]
     figure(reports, weights, test.images[first], test.labels[first], args.out)

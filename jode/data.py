@@ -83,7 +83,8 @@ def read_idx(path: str | Path) -> np.ndarray:
 
 
 def spheres(key: Array, n: int, d: int = 2) -> tuple[Array, Array]:
-    """Concentric spheres in d dimensions, (n, d) points and (n,) labels: class 1 between two shells of class 0 (Ott et al. 2021).
+    """Concentric spheres in d dimensions, (n, d) points and (n,) labels: class 1 between two shells of class 0 (Ott et al.
+    2021).
 
     A quarter of the points has radii in [0.1, 0.15], a half (class 1) in [0.25, 0.3], a quarter in [0.4, 0.45]:
     r = r_min + (r_max - r_min) u^(1/d), u uniform, in directions uniform on the sphere. Points come in random order.
@@ -107,7 +108,8 @@ MINIMA = (-0.850, 0.269, 1.839)
 
 
 def three_minima(key: Array, n: int) -> tuple[Array, Array]:
-    """Initial states (x, v) of a particle in a landscape with three minima, (n, 2), and the minimum it ends in, (n,): Ott et al. 2021.
+    """Initial states (x, v) of a particle in a landscape with three minima, (n, 2), and the minimum it ends in, (n,): Ott et
+    al. 2021.
 
     d²x/dt² = -V'(x) - 0.2 dx/dt, x0 uniform in [-1, 2], v0 in [-2, 2]; 5,000 steps of RK4 to t = 100.
     """

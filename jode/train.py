@@ -16,6 +16,7 @@ from jax import Array
 
 from jode.data import Images
 from jode.models import Classifier
+from jode.validity import StepAdaptation
 
 
 class Metrics(NamedTuple):
@@ -59,6 +60,33 @@ def objective(model: Classifier) -> Callable:
         return value, Metrics(value, accuracy, jnp.mean(jnp.asarray(nfe)), jnp.mean(jnp.asarray(nfe_backward)))
 
     return loss
+
+
+def adapted(adapt: StepAdaptation, logits: Callable, optimizer: optax.GradientTransformation) -> Callable:
+    """One iteration of training a classifier with steps that adapt, to be jitted or scanned; it is traced once.
+
+    (weights, optimizer state, step state), (x, y) -> the same after one update on the batch, and (steps, loss, accuracy) of it.
+    logits(weights, x, solver) are the class scores of a batch.
+    """
+
+    def iteration(carry: tuple, batch: tuple) -> tuple[tuple, tuple]:
+        weights, state, control = carry
+        x, labels = batch
+        solver = adapt.solver(control)
+
+        def right(scores: Array) -> Array:
+            return jnp.mean(jnp.argmax(scores, -1) == labels)
+
+        def loss(weights: Any) -> tuple[Array, Array]:
+            scores = logits(weights, x, solver)
+            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, labels)), right(scores)
+
+        (value, accuracy), gradient = jax.value_and_grad(loss, has_aux=True)(weights)
+        control, _ = adapt.update(control, accuracy, lambda solver: right(logits(weights, x, solver)))
+        updates, state = optimizer.update(gradient, state, weights)
+        return (optax.apply_updates(weights, updates), state, control), (solver.steps, value, accuracy)
+
+    return iteration
 
 
 def batches(data: Images, size: int, epochs: int, seed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:

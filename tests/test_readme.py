@@ -1,6 +1,7 @@
 """What the README and the docs show runs."""
 
 import re
+import textwrap
 from pathlib import Path
 
 import jax
@@ -10,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def blocks(page):
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    found = re.findall(r"^ *```python\n(.*?)^ *```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(block) for block in found]
 
 
 def test_the_snippets_run():
@@ -36,3 +38,12 @@ def test_the_page_on_residual_networks_runs():
         for block in blocks("docs/depth.md"):
             exec(block, space)
     assert space["batch"].shape == (32, 4)
+
+
+def test_the_page_on_validity_runs(capsys):
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        space = {}
+        for block in blocks("docs/validity.md"):
+            exec(block, space)
+    assert "verdict" in capsys.readouterr().out
+    assert int(space["steps"]) >= 1

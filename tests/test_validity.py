@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jode
-from jode import data
+from jode import data, train
 from jode.models import planar
 from jode.validity import (
     StepAdaptation,
@@ -55,6 +55,12 @@ def test_several_models_make_a_cross_table():
 
 def test_a_metric_that_is_not_finite_is_no_ode():
     assert not swap(lambda s: jnp.nan if s.method is jode.midpoint else 1.0, SOLVERS[:3]).valid
+
+
+def test_a_model_that_nothing_finer_tested_is_not_called_an_ode():
+    table = swap(decay, [jode.Fixed(jode.euler, 100), jode.Fixed(jode.euler, 2)])
+    assert table.verdicts == ["untested"]
+    assert not table.valid
 
 
 def test_swap_compiles_once_a_method():
@@ -169,29 +175,17 @@ def test_first_step_is_hairers():
 # Training with adaptation: traced once, resumed bit for bit.
 
 OPTIMIZER = optax.adam(1e-3)
+ADAPT = StepAdaptation(every=2)
 TRACES = []
+
+
+def logits(w, x, solver):
+    return planar.logits(w, x, solver, jode.MemoryFree(max_drift=10.0))
 
 
 def iteration(carry, batch):
     TRACES.append(1)
-    w, state, steps = carry
-    adapt = StepAdaptation(every=2)
-    x, y = batch
-    solver = adapt.solver(steps)
-
-    def accuracy(w, solver):
-        return jnp.mean(jnp.argmax(planar.logits(w, x, solver), 1).astype(y.dtype) == y, dtype=jnp.float32)
-
-    def loss(w):
-        scores = planar.logits(w, x, solver, jode.MemoryFree(max_drift=10.0))
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, y)), jnp.mean(
-            jnp.argmax(scores, 1).astype(y.dtype) == y, dtype=jnp.float32
-        )
-
-    g, right = jax.grad(loss, has_aux=True)(w)
-    steps, _ = adapt.update(steps, right, lambda solver: accuracy(w, solver))
-    updates, state = OPTIMIZER.update(g, state)
-    return (optax.apply_updates(w, updates), state, steps), solver.steps
+    return train.adapted(ADAPT, logits, OPTIMIZER)(carry, batch)
 
 
 @pytest.fixture
@@ -206,12 +200,12 @@ def test_one_trace_serves_every_step_count_and_training_resumes_bit_for_bit():
     w = planar.init(jax.random.key(0), width=8)
     x, y = data.spheres(jax.random.key(1), 24 * 16)
     batches = x.reshape(24, 16, 2), y.reshape(24, 16)
-    start = (w, OPTIMIZER.init(w), StepAdaptation(every=2).init(1 / 40))
+    start = (w, OPTIMIZER.init(w), ADAPT.init(1 / 40))
     step = jax.jit(iteration)
     carry, counts, kept = start, [], None
     for k in range(24):
         kept = carry if k == 13 else kept
-        carry, n = step(carry, (batches[0][k], batches[1][k]))
+        carry, (n, *_) = step(carry, (batches[0][k], batches[1][k]))
         counts.append(int(n))
     assert len(TRACES) == 1
     assert np.sum(np.diff(counts) != 0) >= 5

@@ -41,9 +41,11 @@ class Classifier:
     apply: Callable[[Weights, Array], tuple[Array, tuple[Any, Any]]]
 
 
-def classifier(name: str, shape: tuple[int, int, int], width: int = 64, classes: int = 10) -> Classifier:
-    """A model of `MODELS` for images of this shape; `width` channels inside."""
+def classifier(name: str, shape: tuple[int, int, int], width: int = 64, classes: int = 10, solver: Any = None) -> Classifier:
+    """A model of `MODELS` for images of this shape; `width` channels inside; an ODE may be given another solver than its own."""
     kind, what, adjoint = MODELS[name]
+    if solver is not None:
+        what = solver
     if kind == "mlp":
         return Classifier(name, partial(_init_mlp, shape=shape, classes=classes), _apply_mlp)
     inits = {

@@ -36,13 +36,12 @@ def vector_field(t: Array, x: Array, w: Weights) -> Array:
 
 
 def prepared(w: Weights) -> Weights:
-    """The weights with the middle convolution, on two positions with zeros around them, as one matrix."""
+    """The vector field's weights, the middle convolution, on two positions with zeros around them, as one matrix."""
     before, here, after = w["mid"]["weight"]
-    return {**w, "mid": {**w["mid"], "weight": jnp.block([[here, before], [after, here]])}}
+    return {"in": w["in"], "mid": {**w["mid"], "weight": jnp.block([[here, before], [after, here]])}, "out": w["out"]}
 
 
-def logits(w: Weights, x: Array, solver: Any, adjoint: Any = jode.Backprop()) -> Array:
+def logits(w: Weights, x: Array, solver: Any, adjoint: Any = jode.Backprop(None)) -> Array:
     """Class scores of points (B, 2)."""
-    blocks = {k: v for k, v in prepared(w).items() if k != "head"}
-    ends = jax.vmap(lambda x: jode.odeint(vector_field, x, (0.0, 1.0), blocks, solver=solver, adjoint=adjoint)[-1])(x)
+    ends = jax.vmap(lambda x: jode.odeint(vector_field, x, (0.0, 1.0), prepared(w), solver=solver, adjoint=adjoint)[-1])(x)
     return ends @ w["head"]["weight"] + w["head"]["bias"][None]

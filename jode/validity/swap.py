@@ -41,22 +41,35 @@ class Swap:
 
     @property
     def drops(self) -> np.ndarray:
-        """The largest |change| of the metric under a solver that counts, one a model; infinite where it is not finite."""
+        """The largest |change| of the metric under another solver that counts, one a model: infinite where the metric is not
+        finite, NaN where no other solver counts.
+        """
         change = np.abs(self.table - self.own[:, None])
-        return np.where(self.counts, np.where(np.isfinite(change), change, np.inf), 0.0).max(axis=1, initial=0.0)
+        worst = np.where(self.counts, np.where(np.isfinite(change), change, np.inf), 0.0).max(axis=1, initial=0.0)
+        others = np.array(
+            [[c and t != s for t, c in zip(self.test, row, strict=True)] for s, row in zip(self.train, self.counts, strict=True)]
+        )
+        return np.where(others.any(axis=1), worst, np.nan)
+
+    @property
+    def verdicts(self) -> list[str]:
+        """Of each model: `an ODE`, `not an ODE`, or `untested` where no other solver was fine enough to count."""
+        return ["untested" if np.isnan(d) else "an ODE" if d <= self.threshold else "not an ODE" for d in self.drops]
 
     @property
     def valid(self) -> bool | np.ndarray:
-        """Whether the model is an ODE as far as these solvers can tell: no drop beyond the threshold; an array for several."""
-        verdicts = self.drops <= self.threshold
-        return bool(verdicts[0]) if len(verdicts) == 1 else verdicts
+        """Whether the model is an ODE as far as these solvers can tell: tested, and no change beyond the threshold; an array
+        for several models.
+        """
+        valid = self.drops <= self.threshold
+        return bool(valid[0]) if len(valid) == 1 else valid
 
     def __str__(self) -> str:
         head = ["trained with", *map(name, self.test), "verdict"]
         lines = [head, ["---"] + ["---:"] * len(self.test) + ["---"]]
         for i, solver in enumerate(self.train):
             cells = [f"{v:.3f}" if c else f"({v:.3f})" for v, c in zip(self.table[i], self.counts[i], strict=True)]
-            lines.append([name(solver), *cells, "an ODE" if self.drops[i] <= self.threshold else "not an ODE"])
+            lines.append([name(solver), *cells, self.verdicts[i]])
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         return f"{table}\n\nIn brackets: coarser than in training, not counted. A change beyond {self.threshold:g} counts."
 
@@ -74,8 +87,8 @@ class Swap:
                 patch = Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="///", edgecolor="white", lw=0, alpha=0.35)
                 ax.add_patch(patch)
         ax.set_xticks(range(len(self.test)), [name(s) for s in self.test], rotation=60, ha="right")
-        verdicts = ["✓" if d <= self.threshold else "✗" for d in self.drops]
-        ax.set_yticks(range(len(self.train)), [f"{name(s)} {v}" for s, v in zip(self.train, verdicts, strict=True)])
+        marks = [{"an ODE": "✓", "not an ODE": "✗", "untested": "?"}[v] for v in self.verdicts]
+        ax.set_yticks(range(len(self.train)), [f"{name(s)} {v}" for s, v in zip(self.train, marks, strict=True)])
         ax.set(xlabel="tested with (hatched: coarser, not counted)", ylabel="trained with")
         ax.figure.colorbar(image, ax=ax)
         return ax
@@ -92,8 +105,7 @@ def swap(
 
     Args:
         metric: metric(solver) -> a real number, where larger or smaller is of no matter: accuracy, loss. Or a mapping from
-        training
-            solvers to the metrics of the models trained with them, for a table with several rows.
+            training solvers to the metrics of the models trained with them, for a table with several rows.
         solvers: what to test with. The first is the one the model was trained with, unless metric is a mapping.
         threshold: a change of the metric that still is none; 0.1 of accuracy in Ott et al.
         counts: counts(test, train) -> whether a test solver counts against a model trained with `train`.
@@ -118,9 +130,7 @@ def name(solver: Any) -> str:
 
 
 class Critical(NamedTuple):
-    """`bracket` = (the most steps found invalid, the fewest found valid), None where there was none; `tried`: steps ->
-    verdict.
-    """
+    """`bracket` = (the most steps found invalid, the fewest found valid), None where there was none; `tried`: {steps: verdict}."""
 
     bracket: tuple[int | None, int | None]
     tried: dict[int, bool]
