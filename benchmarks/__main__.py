@@ -1,7 +1,7 @@
-"""All benchmarks, a quick version of each: JSON, plots, and one Markdown table, under results/quick.
+"""All benchmarks of speed, a quick version of each: JSON, plots, and one Markdown table, under results/quick.
 
 python -m benchmarks            # under ten minutes on two cores
-python -m benchmarks NAME …     # these alone, in full, under results
+python -m benchmarks NAME …     # these alone, in full, under results; the studies of networks too
 """
 
 import importlib
@@ -23,15 +23,13 @@ NAMES = (
     "training",
     "gradient_memory",
     "reversible",
-    "gradient_depth",
-    "thousand_layers",
-    "regularisation",
-    "sphere2",
-    "tolerance",
 )
+STUDIES = ("gradient_depth", "thousand_layers", "regularisation", "sphere2", "tolerance")  # what networks do; by name, minutes each
 
 
 def main(names):
+    if unknown := set(names) - {*NAMES, *STUDIES}:
+        sys.exit(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join((*NAMES, *STUDIES))}")
     quick = not names
     for name in names or NAMES:
         start = time.perf_counter()
