@@ -20,7 +20,7 @@ from jode import data, train
 from jode.models import planar
 from jode.validity import StepAdaptation, StepState, crossings, first_step, swap
 
-OPTIMIZER, BATCH = optax.adam(1e-4), 128
+OPTIMIZER, BATCH, COLORS = optax.adam(1e-4), 128, ("#2d6ca2", "#c6553b")
 
 
 class FourSteps(StepAdaptation):
@@ -54,14 +54,9 @@ def panel(ax, w, x, y, solver, title):
     )
     paths = march(x)
     for path, label in zip(np.asarray(paths[:40]), y[:40], strict=True):
-        ax.plot(*path.T, "-o" if solver.steps < 10 else "-", color=("#2d6ca2", "#c6553b")[label], lw=0.7, ms=2, alpha=0.5)
-    ax.scatter(*paths[:, -1].T, c=np.array(["#2d6ca2", "#c6553b"])[y], s=7, zorder=3, edgecolor="white", lw=0.2)
-    normal, offset = w["head"]["weight"] @ jnp.array([-1.0, 1.0]), w["head"]["bias"] @ jnp.array([-1.0, 1.0])
-    ends = np.asarray(paths[:, -1])
-    (left, low), (right, high) = np.minimum(ends.min(0), -0.5), np.maximum(ends.max(0), 0.5)
-    ax.contour(
-        [left, right], [low, high], [[float(normal @ jnp.array([u, v]) + offset) for u in (left, right)] for v in (low, high)], [0]
-    )
+        ax.plot(*path.T, "-o" if solver.steps < 10 else "-", color=COLORS[label], lw=0.7, ms=3, alpha=0.6)
+    ax.scatter(*paths[:, -1].T, c=np.array(COLORS)[y], s=6, zorder=3)
+    ax.set(xscale="symlog", yscale="symlog")  # the flow stretches the plane a hundredfold
     crossed = int(jnp.sum(crossings(paths[:40])) // 2)
     ax.set_title(f"{title}\n{100 * accuracy(w, x, y, solver):.0f} % right, {crossed} of 780 pairs of paths cross")
 

@@ -338,3 +338,49 @@ def test_gradient_descent_keeps_linear_networks_smooth(n):
     assert sizes.max() <= 0.5
     assert np.all(losses <= losses[0] * np.exp(-2 * np.exp(-1) * t) * (1 + 5 / n) + 1e-30)
     assert smoothness.max() <= smoothness[0] + 1.0
+
+
+# Edges.
+
+
+@pytest.mark.parametrize("n", [49, 98, 100])
+def test_a_node_is_its_slice_whatever_rounding_says(n):
+    w, t = jnp.arange(float(n), dtype=jnp.float32), jnp.arange(n, dtype=jnp.float32) / np.float32(n)
+    np.testing.assert_array_equal(depth.interpolate(w, t, 0), w)
+
+
+def test_a_constant_is_its_own_sobolev_gradient():
+    for n, mu in ((1, 1.0), (2, 1.0), (1000, 30.0)):
+        np.testing.assert_allclose(depth.sobolev(jnp.ones((n, 2), jnp.float32), mu), 1.0, rtol=1e-5)
+
+
+def test_half_precision_measures_like_single():
+    w = jnp.full(16, 0.5)
+    line = lambda t, x, w: w.astype(x.dtype) * x
+    found = [float(depth.distance(line, w, jnp.ones((), d))) for d in (jnp.float32, jnp.bfloat16)]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+
+
+def test_the_bound_holds_backwards_in_time():
+    wave = lambda t, x, w: -(x - jnp.cos(t) + jnp.sin(t)) * w
+    w, x = jnp.ones(32), jnp.ones(())
+    assert depth.distance(wave, w, x, span=-8.0) <= depth.distance_bound(wave, w, x, span=-8.0).value
+
+
+def test_integers_of_a_step_are_the_same_on_the_way_back():
+    pulse = lambda t, x, w: 0.1 * x * w["i"].astype(x.dtype)
+    w = {"i": jnp.array([0, 1, 0, 2, 0, 5]), "w": jnp.ones(6)}
+    assert depth.reconstruction_error(pulse, w, jnp.ones(1), solver=HEUN) < 1e-4
+
+
+def test_integers_are_refused_where_they_would_be_averaged():
+    for act in (lambda w: depth.project(w, 2), lambda w: depth.expand(w, 0.5), lambda w: depth.sobolev(w, 1.0)):
+        with pytest.raises(TypeError, match=r"\['i'\] must be floating"):
+            act({"i": jnp.arange(3)})
+
+
+def test_gradients_are_zero_where_nothing_is_left_to_smooth():
+    w = depth.untie(block(jax.random.key(0)), 5)
+    assert all(np.all(g == 0) for g in jax.tree.leaves(jax.grad(depth.smoothness)(w)))
+    one = depth.untie(block(jax.random.key(0)), 1)
+    assert depth.smoothness(one) == depth.roughness(one) == 0

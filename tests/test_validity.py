@@ -255,3 +255,53 @@ def test_local_errors_are_those_of_the_steps(method):
     ys = jode.odeint(f, jnp.array([1.0, 2.0]), jnp.linspace(0, 1, n + 1), 0.7, solver=jode.Fixed(method, 1))
     true = np.linalg.norm(ys[1:] - ys[:-1] * np.exp(-0.7 / n), axis=1)
     np.testing.assert_allclose(found, true, rtol=0.15)
+
+
+def test_only_a_gradient_must_know_how_many_states_to_store():
+    w = planar.init(jax.random.key(0), width=4)
+    x = jnp.ones((3, 2))
+    value = lambda w, n: jnp.sum(planar.logits(w, x, jode.Fixed(jode.euler, n)))  # with Backprop(None)
+    np.testing.assert_allclose(jax.jit(value)(w, 5), value(w, 5), rtol=1e-6)
+    with pytest.raises(ValueError, match="cannot know how many states"):
+        jax.jit(jax.grad(value))(w, 5)
+
+
+def test_the_same_solver_written_otherwise_is_no_test():
+    assert swap(decay, [jode.Fixed(jode.euler, 16), jode.Fixed(jode.euler, 16, max_steps=99)]).verdicts == ["untested"]
+    adapt = StepAdaptation()
+    table = swap(decay, [adapt.solver(adapt.init(1 / 16)), jode.Fixed(jode.rk4, 16)])  # with a count that is an array
+    assert table.verdicts == ["an ODE"]
+
+
+@pytest.mark.parametrize(
+    ("errors", "trained", "valid"),
+    [
+        ([1e7, 1, 0.99, 1.05, 1], 8, False),  # no order
+        ([np.nan, 1, 1, 1, 1], 8, True),  # coarser than in training
+        ([1.1, 1.1, 1.1, 1.1, 1.18], 4, False),  # one gap, and it grows
+        ([1.0, 1.0, 1.0, np.inf], 4, False),
+        ([1.0, 1.04, 1.06, 1.07, 1.075], 4, True),
+    ],
+)
+def test_verdicts_on_sequences_of_errors(errors, trained, valid):
+    steps = [4 * 2**k for k in range(len(errors))]
+    assert convergence(lambda s: errors[steps.index(s.steps)], jode.euler, steps, trained=trained).valid == valid
+
+
+def test_a_last_training_step_leaves_nothing_to_test():
+    with pytest.raises(ValueError, match="finer ones after it"):
+        convergence(lambda s: 1.0, jode.euler, [1, 2, 4, 8], trained=8)
+
+
+def test_touching_is_not_crossing():
+    rays = jnp.linspace(1, 0.1, 9)[None, :, None] * jnp.array([[[1.0, 0.3]], [[0.5, 0.15]]])
+    assert not crossings(rays).any()
+    assert not crossings(jnp.array([[[1.0], [0.0]], [[0.5], [1e-7]]])).any()
+
+
+def test_steps_and_tolerances_stay_in_their_bounds():
+    assert int(StepAdaptation().solver(StepAdaptation().init(jnp.nan)).steps) == 500
+    adapt = ToleranceAdaptation(every=1)
+    worse = lambda solver: (jnp.float32(0.0), jnp.float32(1e9))
+    state, _ = jax.lax.scan(lambda s, _: adapt.update(s, 1.0, 1.0, worse), adapt.init(1e-3), None, length=60)
+    assert state.tol == pytest.approx(1e-7)

@@ -47,7 +47,7 @@ class Backprop(Discrete):
         return plan.steps is not None and self.storage(plan, rows) is None
 
     def again(self, plan: Plan, rows: int, steps: Array) -> Array:
-        checkpoints = self.storage(plan, rows)
+        checkpoints = None if self.checkpoints is None else self.storage(plan, rows)
         return jnp.zeros_like(steps) if checkpoints is None else jnp.maximum(recomputed(steps, checkpoints), 0)
 
     def recovery(self, march: Known | Found, problem: Problem, grid: Any, kept: tuple, ys: State) -> tuple[Any, Callable]:

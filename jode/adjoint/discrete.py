@@ -55,7 +55,6 @@ class Discrete(Adjoint):
 def _differentiable(adjoint: Discrete, plan: Plan, batch: Batch | None) -> Callable[[Problem], Outcome]:
     """The march for these rows, with its derivative rule."""
     rows = batch.size if batch else 1
-    keep = adjoint.keep(plan, rows)
 
     def count(outcome: Outcome) -> Outcome:
         """The outcome with the steps that the gradient takes again counted."""
@@ -69,7 +68,7 @@ def _differentiable(adjoint: Discrete, plan: Plan, batch: Batch | None) -> Calla
         return count(march.leave(march.run(march.enter(join(moving, still)))))
 
     def forward(moving: tuple, still: tuple) -> tuple:
-        problem = join(moving, still)
+        problem, keep = join(moving, still), adjoint.keep(plan, rows)
         if batch is not None:
             outcome, kept = _trace(plan, batch, problem, keep)
         else:

@@ -15,9 +15,10 @@ from jode.grid import Adaptive, Fixed
 from jode.method import Method, dopri5, euler, heun, midpoint
 
 
-def first_step(f: Callable, y0: Any, args: Any = None, *, order: int = 1, t0: float = 0.0) -> Array:
-    """The step with which to begin, at most 1, by Hairer, Nørsett & Wanner I, II.4, with means over a batch y0 of initial
-    states.
+def first_step(f: Callable, y0: Any, args: Any = None, *, order: int = 1, t0: float = 0.0, span: float = 1.0) -> Array:
+    """The step to begin with, a fraction of the span and at most 1, for a batch y0 of initial states.
+
+    Hairer, Nørsett & Wanner I, section II.4, with means over the batch:
 
     d0 = mean ‖y0‖, d1 = mean ‖f(y0)‖, h_a = 0.01 d0 / d1, d2 = mean ‖f(y0 + h_a f) - f(y0)‖ / h_a, h_b = (0.01 / max(d1,
     d2))^(1/(p+1)), and the step is min(100 h_a, h_b): one where a step of the method errs by about 0.01.
@@ -37,7 +38,7 @@ def first_step(f: Callable, y0: Any, args: Any = None, *, order: int = 1, t0: fl
     d2 = norms(jax.tree.map(jnp.subtract, at(there, t + a), k)) / a
     slope = jnp.maximum(d1, d2)
     b = jnp.where(slope < 1e-15, jnp.maximum(1e-6, 1e-3 * a), (0.01 / jnp.where(slope > 0, slope, 1)) ** (1 / (order + 1)))
-    return jnp.minimum(jnp.minimum(100 * a, b), 1.0)
+    return jnp.minimum(jnp.minimum(100 * a, b) / abs(span), 1.0)
 
 
 class StepState(NamedTuple):
@@ -88,7 +89,7 @@ class StepAdaptation:
     def init(self, h: Any) -> StepState:
         """The state that starts with step h, a fraction of the interval; see `first_step`."""
         h = jnp.clip(jnp.asarray(h, jnp.float32), 1 / self.max_steps, self.largest)
-        return StepState(h, jnp.zeros((), jnp.int32))
+        return StepState(jnp.where(jnp.isnan(h), 1 / self.max_steps, h), jnp.zeros((), jnp.int32))
 
     def steps(self, h: Array) -> Array:
         """⌈1/h⌉, within rounding: 1/50 makes 50 steps."""
@@ -166,6 +167,8 @@ class ToleranceAdaptation:
     finer: float | None = None
     patience: int = 5
     first: float = 1e-6
+    smallest: float = 1e-7
+    largest: float = 1.0
     max_steps: int = 4096
 
     def init(self, tol: Any = None) -> ToleranceState:
@@ -211,12 +214,12 @@ class ToleranceAdaptation:
             start = tol / finer
             _, tested, _ = jax.lax.while_loop(too_coarse, tighten, (start, *measure(self.test, start)))
             off = ~(jnp.abs(tested - accuracy) <= self.threshold)
-            larger = self.grow * tol
+            larger = jnp.minimum(self.grow * tol, self.largest)
             nothing = jnp.float32(jnp.nan)
             grown, count = jax.lax.cond(off, lambda _: (nothing, nothing), lambda _: measure(self.method, larger), None)
             idle = jnp.all(history == count)  # the tolerance may grow for ever where the steps do not change
             agrees = (jnp.abs(tested - grown) <= self.threshold) & ~idle
-            tol = jnp.where(off, self.shrink * tol, jnp.where(agrees, larger, tol))
+            tol = jnp.where(off, jnp.maximum(self.shrink * tol, self.smallest), jnp.where(agrees, larger, tol))
             return tol, Check(jnp.ones((), bool), tested, grown)
 
         due = (state.iteration + 1) % self.every == 0

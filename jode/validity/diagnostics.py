@@ -17,28 +17,32 @@ from jode.ivp import odeint
 from jode.method import Method
 
 
-def crossings(paths: Array) -> Array:
+def crossings(paths: Array, *, tolerance: float = 1e-5) -> Array:
     """Which trajectories cross: an array (B, B) of bools for paths (B, T, d), d = 1 or 2, joined by straight lines.
 
     Solutions of an autonomous ODE never do: in one dimension they keep their order at all times, in two their orbits have no
-    point in common. Paths of a residual network or of coarse steps may, which is how they separate what no flow separates.
-    Orbits that merely touch, or share a point within rounding, do not count; neither does a path that crosses itself. O(B² T)
-    for d = 1, O(B² T²) for d = 2.
+    point in common. Paths of a residual network or of coarse steps may, which is how they separate what no flow separates. What
+    happens within `tolerance` times the largest coordinate does not count: neither orbits that merely touch, nor parts of one
+    orbit, if they are sampled so finely that chords leave it by less. A crossing exactly at a corner of a path may be missed.
+    O(B² T) for d = 1, O(B² T²) for d = 2.
     """
     paths = jnp.asarray(paths)
     if paths.ndim != 3 or paths.shape[2] not in (1, 2):
         raise ValueError(
             f"crossings: paths must have shape (B, T, d), d = 1 or 2, got {paths.shape}; in space no curves need cross"
         )
+    paths = paths if jnp.issubdtype(paths.dtype, jnp.floating) else paths.astype(jnp.result_type(float))
+    near = tolerance * jnp.max(jnp.abs(paths), initial=0.0)
     if paths.shape[2] == 1:
         x = paths[..., 0]
         gap = x[:, None, :] - x[None, :, :]
-        return jnp.any(gap > 0, axis=-1) & jnp.any(gap < 0, axis=-1)
+        return jnp.any(gap > near, axis=-1) & jnp.any(gap < -near, axis=-1)
 
     def side(a: Array, b: Array, c: Array) -> Array:
-        """Which side of the line from a to b the point c lies on."""
+        """Which side of the line from a to b the point c lies on; 0 where it is near."""
         u, v = b - a, c - a
-        return jnp.sign(u[..., 0] * v[..., 1] - u[..., 1] * v[..., 0])
+        area = u[..., 0] * v[..., 1] - u[..., 1] * v[..., 0]
+        return jnp.where(jnp.abs(area) > near * jnp.hypot(u[..., 0], u[..., 1]), jnp.sign(area), 0)
 
     def pair(p: Array, q: Array) -> Array:
         a, b = p[:-1, None], p[1:, None]
@@ -93,19 +97,26 @@ def convergence(
     step nothing changes. One that is not is at its best at the training step, and worse with finer ones.
     """
     counts = np.asarray(steps)
-    if len(counts) < 4 or np.any(counts[1:] != 2 * counts[:-1]):
-        raise ValueError(f"convergence: steps must be at least four counts, each twice the last, got {list(steps)}")
+    if len(counts) < 4 or counts.dtype.kind not in "iu" or counts[0] < 1 or np.any(counts[1:] != 2 * counts[:-1]):
+        raise ValueError(f"convergence: steps must be at least four positive ints, each twice the last, got {list(steps)}")
     trained = int(counts[0]) if trained is None else trained
-    if trained not in counts:
-        raise ValueError(f"convergence: trained = {trained} must be among the steps {list(steps)}")
+    if trained not in counts[:-1]:
+        raise ValueError(f"convergence: trained = {trained} must be among the steps {list(steps)}, with finer ones after it")
     errors = np.array([float(error(Fixed(method, int(n)))) for n in counts])
     beyond = errors[list(counts).index(trained) :]
-    plateau = bool(np.all(np.abs(beyond - beyond[0]) <= tolerance * np.abs(beyond[0])))
-    gaps = np.abs(np.diff(errors))[-3:]  # the finest, where the asymptotic rate shows
-    noise = 8 * np.finfo(np.float32).eps * np.abs(errors).max()
-    gaps = gaps[gaps > noise]
-    order = float(np.polyfit(np.arange(len(gaps)), -np.log2(gaps), 1)[0]) if len(gaps) > 1 else float("inf")
-    return Convergence(method, tuple(int(n) for n in counts), errors, trained, order, plateau)
+    plateau = bool(np.all(np.abs(beyond - beyond[0]) <= tolerance * np.abs(beyond[0])))  # not with a NaN
+    return Convergence(method, tuple(int(n) for n in counts), errors, trained, _order(errors[-4:]), plateau)
+
+
+def _order(errors: np.ndarray) -> float:
+    """The rate at which differences of successive errors fall: infinite once they are rounding, NaN where there is none."""
+    if not np.all(np.isfinite(errors)):
+        return float("nan")
+    gaps = np.abs(np.diff(errors))
+    above = np.flatnonzero(gaps > 8 * np.finfo(np.float32).eps * np.abs(errors).max())
+    if len(above) < 2:
+        return float("inf") if above.sum() == 0 else float("nan")  # none, or the coarsest alone
+    return float(np.polyfit(above, -np.log2(gaps[above]), 1)[0])
 
 
 def local_errors(f: Callable, y0: Any, span: tuple[float, float], args: Any = None, *, solver: Fixed) -> Array:
@@ -114,7 +125,9 @@ def local_errors(f: Callable, y0: Any, span: tuple[float, float], args: Any = No
     One step and two half steps are an embedded pair for any method (Richardson), here started from each state of the training
     solve. Their sum estimates the global error where the flow neither contracts nor expands. Costs three times the solve.
     """
-    ts = jnp.linspace(*span, int(solver.steps) + 1)
+    if not (isinstance(solver, Fixed) and isinstance(solver.steps, int)):
+        raise TypeError(f"local_errors: solver must be jode.Fixed with a Python int of steps, got {solver!r}")
+    ts = jnp.linspace(*span, solver.steps + 1)
     ys = odeint(f, y0, ts, args, solver=Fixed(solver.method, 1))
 
     def one(t0: Array, t1: Array, y: Any) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +47,10 @@ class Swap:
         change = np.abs(self.table - self.own[:, None])
         worst = np.where(self.counts, np.where(np.isfinite(change), change, np.inf), 0.0).max(axis=1, initial=0.0)
         others = np.array(
-            [[c and t != s for t, c in zip(self.test, row, strict=True)] for s, row in zip(self.train, self.counts, strict=True)]
+            [
+                [c and name(t) != name(s) for t, c in zip(self.test, row, strict=True)]
+                for s, row in zip(self.train, self.counts, strict=True)
+            ]
         )
         return np.where(others.any(axis=1), worst, np.nan)
 
@@ -112,21 +115,31 @@ def swap(
 
     A jitted metric is compiled once a method: the step counts and tolerances of solvers are data.
     """
-    if not solvers:
-        raise ValueError("swap: solvers must not be empty")
-    rows = dict(metric) if isinstance(metric, Mapping) else {solvers[0]: metric}
+    solvers = [_plain(s) for s in solvers]
+    rows = {_plain(s): m for s, m in metric.items()} if isinstance(metric, Mapping) else dict.fromkeys(solvers[:1], metric)
+    if not solvers or not rows:
+        raise ValueError("swap: there must be at least one model and one solver")
     table = np.array([[float(m(s)) for s in solvers] for m in rows.values()])
-    own = np.array([table[i, list(solvers).index(s)] if s in solvers else float(m(s)) for i, (s, m) in enumerate(rows.items())])
+    own = np.array([table[i, solvers.index(s)] if s in solvers else float(m(s)) for i, (s, m) in enumerate(rows.items())])
     mask = np.array([[bool(counts(test, train)) for test in solvers] for train in rows])
     return Swap(tuple(rows), tuple(solvers), table, mask, own, threshold)
 
 
+def _plain(solver: Any) -> Any:
+    """The solver with Python's numbers for arrays, as a step that adapts has them."""
+    if isinstance(solver, Fixed):
+        return replace(solver, steps=int(solver.steps))
+    if isinstance(solver, Adaptive):
+        return replace(solver, rtol=float(solver.rtol), atol=float(solver.atol))
+    return solver
+
+
 def name(solver: Any) -> str:
-    """A short name, such as `euler 8` or `dopri5 1e-03`."""
+    """A short name, such as `euler 8` or `dopri5 0.001`."""
     method = repr(solver.method).removeprefix("jode.")
     if isinstance(solver, Fixed):
         return f"{method} {solver.steps}"
-    return f"{method} {error_scale(solver):.0e}"
+    return f"{method} {error_scale(solver):.3g}" if isinstance(solver, Adaptive) else repr(solver)
 
 
 class Critical(NamedTuple):

@@ -1,0 +1,47 @@
+"""Residual networks and their ODEs: from one to the other, and how far apart they are.
+
+A residual network of N layers is x_{n+1} = x_n + h f(t_n, x_n, θ_n) with t_n = n h and h = span / N: Euler's method for
+dx/dt = f(t, x, θ(t / span)), where θ(n / N) = θ_n. Weights are stacked: a pytree, such as an Equinox module or a dict, whose
+arrays lead with depth. Under `Layers(method, degree=1)` the N slices are weights at the nodes of N - 1 steps, and θ(n / (N -
+1)) = θ_n.
+"""
+
+from jode.depth.network import Bound, distance, distance_bound, reconstruction_error, resnet
+from jode.depth.weights import (
+    cosine,
+    expand,
+    field,
+    interpolate,
+    legendre,
+    project,
+    refine,
+    roughness,
+    smooth_init,
+    smoothness,
+    sobolev,
+    stack,
+    unstack,
+    untie,
+)
+
+__all__ = [
+    "Bound",
+    "cosine",
+    "distance",
+    "distance_bound",
+    "expand",
+    "field",
+    "interpolate",
+    "legendre",
+    "project",
+    "reconstruction_error",
+    "refine",
+    "resnet",
+    "roughness",
+    "smooth_init",
+    "smoothness",
+    "sobolev",
+    "stack",
+    "unstack",
+    "untie",
+]
