@@ -70,7 +70,7 @@ def interpolate(weights: Any, t: Any, degree: int = 1, steps: int | None = None)
     steps = steps_of(weights, steps)
     t = jnp.asarray(t) if jnp.issubdtype(jnp.result_type(t), jnp.floating) else jnp.asarray(t, jnp.result_type(float))
     u = jnp.clip(t, 0, 1).astype(jnp.result_type(float)) * steps
-    node, slack = jnp.round(u), 4 * jnp.finfo(t.dtype).eps * jnp.maximum(u, 1).astype(u.dtype)
+    node, slack = jnp.round(u), 4 * float(jnp.finfo(t.dtype).eps) * jnp.maximum(u, 1)
     u = jnp.where(jnp.abs(u - node) <= slack, node, u)  # n / N is node n, rounding or not
     n = jnp.minimum(jnp.floor(u).astype(jnp.int32), steps - 1)
     return _at(pieces(weights, degree, steps), n, u - n.astype(u.dtype))
