@@ -16,18 +16,11 @@ import optax
 import jode
 from jode import data
 from jode.models import planar
-from jode.validity import ToleranceAdaptation, ToleranceState, swap
+from jode.validity import ToleranceAdaptation, swap
 
 ITERATIONS, BATCH, MAX_STEPS = 10_000, 128, 512
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 OPTIMIZER = optax.adam(1e-4)
-
-
-class Frozen(ToleranceAdaptation):
-    """A tolerance that stays."""
-
-    def update(self, state, accuracy, nfe, metric):
-        return ToleranceState(state.tol, state.iteration + 1, state.history), None
 
 
 def main(quick=False):
@@ -41,7 +34,7 @@ def main(quick=False):
     rows = [["Sphere2", "ToleranceAdaptation", spread, f"{100 * own:.1f}", f"{np.mean(nfe):.1f}", "–", "–"]]
     metrics, costs = {}, {}
     for t in TOLERANCES:
-        w, test, (_, cost) = train(Frozen(max_steps=MAX_STEPS), t, iterations)
+        w, test, (_, cost) = train(ToleranceAdaptation(every=iterations + 1, max_steps=MAX_STEPS), t, iterations)
         solver = jode.Adaptive(jode.heun, t, t)
         metrics[solver], costs[t] = partial(lambda w, test, s: accuracy_of(w, *test, s)[0], w, test), np.mean(cost)
     finer = [jode.Adaptive(m, t, t) for m, ts in ((jode.heun, TOLERANCES), (jode.dopri5, (1e-3, 1e-5))) for t in ts]

@@ -18,16 +18,9 @@ import optax
 import jode
 from jode import data, train
 from jode.models import planar
-from jode.validity import StepAdaptation, StepState, crossings, first_step, swap
+from jode.validity import StepAdaptation, crossings, first_step, swap
 
 OPTIMIZER, BATCH, COLORS = optax.adam(1e-4), 128, ("#2d6ca2", "#c6553b")
-
-
-class FourSteps(StepAdaptation):
-    """Always four steps: what is usually done."""
-
-    def update(self, state, accuracy, metric):
-        return StepState(state.h, state.iteration + 1), None
 
 
 @jax.jit
@@ -71,7 +64,7 @@ def main():
     h = first_step(planar.vector_field, x[:BATCH], planar.prepared(planar.init(jax.random.key(0))))
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     fig, axes = plt.subplots(2, 3, figsize=(13, 8), constrained_layout=True)
-    runs = {"four steps": (FourSteps(), 1 / 4), "adapted": (StepAdaptation(), h)}
+    runs = {"four steps": (StepAdaptation(every=args.iterations + 1), 1 / 4), "adapted": (StepAdaptation(), h)}
     for row, (name, (adapt, h)) in zip(axes, runs.items(), strict=True):
         w, steps = training(adapt, h, x, y, args.iterations)
         n = int(steps[-1])

@@ -60,11 +60,9 @@ def interpolate(weights: Any, t: Any, degree: int = 1, steps: int | None = None)
         weights: stacked, N slices.
         t: depth, a fraction of the whole; an array of depths gives stacked weights.
         degree: 0, constant from each node to the next; 1, a line; 3, a cubic whose slope at a node is that between its
-        neighbours.
-            Integers and keys are always constant.
-        steps: N, the default, where slice n is that of the step that begins at n / N, and the last one stays to the end; N -
-        1 for
-            weights at both ends.
+            neighbours. Integers and keys are always constant.
+        steps: N, the default, where slice n is that of the step that begins at n / N, and the last one stays to the end;
+            N - 1 for weights at both ends.
     """
     weights = as_arrays(weights)
     steps = steps_of(weights, steps)
@@ -137,8 +135,7 @@ def project(weights: Any, k: int, basis: Callable = legendre) -> Any:
 
 def smoothness(weights: Any) -> Array:
     """N max_n ‖θ_{n+1} - θ_n‖ over all leaves: it stays bounded as N grows where weights are a function of depth, and grows
-    like N (or, scaled by 1/√N, like √N) where they are independent. Of one leaf it is
-    `smoothness(leaf)`.
+    like N (or, scaled by 1/√N, like √N) where they are independent. Of one leaf it is `smoothness(leaf)`.
     """
     n = depth_of(as_arrays(weights), "weights")
     return n * root(jnp.max(_squares(weights), initial=0.0))

@@ -49,9 +49,7 @@ class StepState(NamedTuple):
 
 
 class Check(NamedTuple):
-    """What an update found: whether it `checked`, and then the metric under the test solver and under the step it would grow
-    to.
-    """
+    """What an update found: whether it `checked`, and then the metric under the test solver and with the larger step."""
 
     checked: Array
     tested: Array
@@ -111,8 +109,7 @@ class StepAdaptation:
         Args:
             state: that of this iteration.
             accuracy: of the training forward pass of this iteration.
-            metric: metric(solver) -> the accuracy of the same batch with the same weights, those before this iteration's
-            update.
+            metric: metric(solver) -> the accuracy of the same batch with the same weights, those before this iteration's update.
         """
         accuracy = jnp.asarray(accuracy, jnp.float32)
 
@@ -130,14 +127,15 @@ class StepAdaptation:
             h = jnp.where(off, jnp.maximum(smaller, 1 / self.max_steps), jnp.where(agrees, larger, h))
             return h, Check(jnp.ones((), bool), tested, grown)
 
-        due = (state.iteration + 1) % self.every == 0
-        h, found = jax.lax.cond(due, check, _unchecked, state.h)
+        h, found = _if_due(self.every, state.iteration, check, state.h)
         return StepState(h, state.iteration + 1), found
 
 
-def _unchecked(x: Array) -> tuple[Array, Check]:
+def _if_due(every: int, iteration: Array, check: Callable, x: Array) -> tuple[Array, Check]:
+    """check(x) where another `every` iterations are over, and x as it is elsewhere."""
     nothing = jnp.float32(jnp.nan)
-    return x, Check(jnp.zeros((), bool), nothing, nothing)
+    unchecked = Check(jnp.zeros((), bool), nothing, nothing)
+    return jax.lax.cond((iteration + 1) % every == 0, check, lambda x: (x, unchecked), x)
 
 
 class ToleranceState(NamedTuple):
@@ -190,9 +188,8 @@ class ToleranceAdaptation:
 
         Args:
             state: that of this iteration.
-            accuracy, nfe: of the training forward pass of this iteration; evaluations of the batch, in whatever way they are
-            counted. metric: metric(solver) -> (accuracy, nfe) of the same batch with the weights before this iteration's
-            update.
+            accuracy, nfe: of the training forward pass of this iteration; evaluations of the batch, however they are counted.
+            metric: metric(solver) -> (accuracy, nfe) of the same batch with the weights before this iteration's update.
         """
         accuracy, nfe = jnp.asarray(accuracy, jnp.float32), jnp.asarray(nfe, jnp.float32)
         history = jnp.roll(state.history, -1).at[-1].set(nfe)
@@ -205,7 +202,7 @@ class ToleranceAdaptation:
         def check(tol: Array) -> tuple[Array, Check]:
             def too_coarse(carry: tuple) -> Array:
                 tol_test, _, count = carry
-                return (count <= nfe) & (tol_test > 1e-7)
+                return (count <= nfe) & (tol_test > self.smallest)
 
             def tighten(carry: tuple) -> tuple:
                 tol_test = carry[0] / 10
@@ -222,6 +219,5 @@ class ToleranceAdaptation:
             tol = jnp.where(off, jnp.maximum(self.shrink * tol, self.smallest), jnp.where(agrees, larger, tol))
             return tol, Check(jnp.ones((), bool), tested, grown)
 
-        due = (state.iteration + 1) % self.every == 0
-        tol, found = jax.lax.cond(due, check, _unchecked, state.tol)
+        tol, found = _if_due(self.every, state.iteration, check, state.tol)
         return ToleranceState(tol, state.iteration + 1, history), found
