@@ -107,14 +107,7 @@ def _jvp(primals: tuple, tangents: tuple, *, carrier: _Native, rows: tuple | Non
             leaves[i] = x
         return carrier.flat(rows)(*leaves)
 
-    try:
-        out, dots = jax.jvp(f, [primals[i] for i in moving], [tangents[i] for i in moving])
-    except TypeError as e:
-        if "custom_vjp" not in str(e):
-            raise
-        raise TypeError(
-            "this adjoint has no forward mode: use jode.ForwardMode() under jax.jvp, jax.jacfwd and jax.linearize"
-        ) from e
+    out, dots = jax.jvp(f, [primals[i] for i in moving], [tangents[i] for i in moving])
     inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in out]
     return out, [v if yes else ad.Zero(jax.typeof(x).to_tangent_aval()) for x, v, yes in zip(out, dots, inexact, strict=True)]
 
@@ -125,6 +118,9 @@ def _batch(axis: Any, leaves: tuple, dims: tuple, *, carrier: _Native, rows: tup
             f"f reduces over the axis {axis.name!r} of the jax.vmap around its solve, but trajectories of a batch march by "
             "themselves: to normalise over the batch, let y0 be the whole batch, one state"
         )
+    if all(d is None for d in dims):  # a solve that no mapped operand reaches is not a batch: it is done once
+        out = _native_p.bind(*leaves, carrier=carrier, rows=rows)
+        return out, [None] * len(out)
     size = next(x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None)
     leaves = tuple(x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(leaves, dims, strict=True))
     outer = tuple(d is not None for d in dims)
@@ -155,23 +151,40 @@ ad.primitive_jvps[_native_p] = _jvp
 batching.fancy_primitive_batchers[_native_p] = _batch
 
 
-_one_way_p = Primitive("one_way")
+_only_forward_p, _only_reverse_p, _cotangent_p = Primitive("only_forward"), Primitive("only_reverse"), Primitive("cotangent")
 
 
-def one_way(tree: Any, message: str) -> Any:
-    """The identity, forwards: to transpose it, that is to differentiate it in reverse, raises a TypeError with this message."""
-    return jax.tree.map(lambda x: _one_way_p.bind(x, message=message), tree)
+def only_forward(tree: Any, message: str) -> Any:
+    """The identity. To differentiate it in reverse raises a TypeError with this message."""
+    return jax.tree.map(lambda x: _only_forward_p.bind(x, message=message), tree)
+
+
+def only_reverse(tree: Any, message: str) -> Any:
+    """The identity. To differentiate it forwards raises a TypeError with this message; its gradients may be."""
+    return jax.tree.map(lambda x: _only_reverse_p.bind(x, message=message), tree)
 
 
 def _refuse(*_: Any, message: str) -> Any:
     raise TypeError(message)
 
 
-_one_way_p.def_impl(lambda x, message: x)
-_one_way_p.def_abstract_eval(lambda x, message: x)
-mlir.register_lowering(_one_way_p, lambda ctx, x, message: [x])
-ad.deflinear2(_one_way_p, _refuse)
-batching.defvectorized(_one_way_p)
+for _p in (_only_forward_p, _only_reverse_p):
+    batching.defvectorized(_p)
+    _p.def_abstract_eval(lambda x, message: x)
+    _p.def_impl(lambda x, message: x)
+    mlir.register_lowering(_p, lambda ctx, x, message: [x])
+ad.deflinear2(_only_forward_p, _refuse)
+# A tangent of only_reverse can be transposed, but not evaluated: transposing is all that reverse mode does with it.
+ad.primitive_jvps[_only_reverse_p] = lambda xs, vs, message: (xs[0], _tangent(vs[0], message))
+ad.deflinear2(_cotangent_p, lambda g, x, message: [g])
+_cotangent_p.def_abstract_eval(lambda x, message: x)
+_cotangent_p.def_impl(_refuse)
+batching.primitive_batchers[_cotangent_p] = _refuse
+mlir.register_lowering(_cotangent_p, lambda ctx, x, message: _refuse(message=message))
+
+
+def _tangent(v: Any, message: str) -> Any:
+    return v if isinstance(v, ad.Zero) else _cotangent_p.bind(v, message=message)
 
 
 @dataclass(frozen=True)
@@ -269,7 +282,7 @@ class Rows:
         return jnp.take_along_axis(table, jnp.broadcast_to(j[None], (1, *table.shape[1:])), 0)[0]
 
     def write(self, table: Array, j: Array, value: Array) -> Array:
-        """Table with entry j of the first axis set, row by row; a row's entry out of range is dropped."""
+        """The table with entry j of the first axis set, row by row; a row's entry out of range is dropped."""
         if self.size is None:
             return jax.lax.dynamic_update_index_in_dim(table, value, j, 0)
         j, r = self.flat(j), jnp.arange(self.size)

@@ -21,10 +21,11 @@ class Status(IntEnum):
     step_underflow = 2
     nonfinite_dynamics = 3
     nonfinite_state = 4
+    invalid_input = 5
 
 
 class Stats(NamedTuple):
-    """What a solve cost, as int32 arrays, one number a trajectory.
+    """What a solve cost, as int32 arrays, one number per trajectory.
 
     `nfe` counts evaluations of the vector field; `steps` = `accepted` + `rejected`. `nfe_backward` counts the evaluations
     that a gradient by the chosen adjoint takes besides (each is differentiated too): zero where it is not known.
@@ -46,8 +47,8 @@ class Fixed:
     """`steps` equal steps of `method` between consecutive save times.
 
     A Python int makes a pure `lax.scan`; an integer array (or a tracer) makes a loop whose length is data, so that changing
-    it does not recompile. Global error O(h^p); cost `steps` × stages evaluations an interval. `max_steps` bounds a traced
-    count where an adjoint must store every state.
+    it does not recompile. Global error O(h^p); cost `steps` × stages evaluations per interval. `max_steps` bounds a traced
+    count where an adjoint must store every state. A traced count below 1 or above `max_steps` ends in `Status.invalid_input`.
     """
 
     method: Method = _static()

@@ -18,9 +18,9 @@ from jax import Array
 
 from jode.adjoint import Adjoint, Backprop
 from jode.grid import Adaptive, Fixed, Layers, Stats, Status
-from jode.march import Params, Plan, Problem
+from jode.march import Params, Plan, Problem, most_steps
 from jode.method import Method
-from jode.tree import Layout, State, depth_of, is_inexact, real_dtype, widest, work_dtype
+from jode.tree import Layout, State, depth_of, is_inexact, nan_unless, real_dtype, widest
 
 
 class SolveError(RuntimeError):
@@ -30,12 +30,17 @@ class SolveError(RuntimeError):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Solution:
-    """What `solve` returns, a pytree: `ys` has the structure of y0 with a leading axis for the save times `ts`."""
+    """What `solve` returns, a pytree.
+
+    `ys` has the structure of y0 with a leading axis for the save times `ts`. `reached` is the time up to which the solution is
+    known: ts[-1] after success, else the end of the last accepted step (`Adaptive`) or the last save time that is finite.
+    """
 
     ts: Array
     ys: Any
     stats: Stats
     status: Array
+    reached: Array
 
 
 def solve(f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Any = Adaptive(), adjoint: Any = Backprop()) -> Solution:
@@ -43,16 +48,21 @@ def solve(f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Any = Adap
 
     Args:
         f: the vector field, pure, for one trajectory: f(t, y, args) has the structure and shapes of y. Like a function given
-            to `jax.jit` it is traced once and must not change afterwards. Arrays it closes over get gradients.
-        y0: the initial state, any pytree of floating or complex arrays; its dtypes are kept.
-        ts: save times, at least two, increasing or decreasing; ts[0] is the initial time. Time has its own dtype; f sees it
-            in the real precision of the state.
-        args: any pytree. Floating and complex arrays get gradients; integers, PRNG keys and other leaves get none.
-        solver: `Fixed`, `Adaptive` or `Layers`; under `Layers` arrays in args lead with depth and f gets one slice a step.
+            to `jax.jit` it is traced once and must not change afterwards. Arrays it closes over get gradients. The order is time,
+            state, args. Where the state is a scalar no check can tell f(y, t) from f(t, y); this one tells:
+            `jode.odeint(lambda t, y, args: f(t, y, args) * 0 + t, 0.0, (0.0, 2.0))[-1]` is 2 if t is time.
+        y0: the initial state, any pytree of floating (16 bits or more) or complex arrays; its dtypes are kept.
+        ts: save times, at least two, increasing or decreasing; ts[0] is the initial time. An array of times keeps its dtype, also
+            inside f; times written as Python numbers take the real precision of the state.
+        args: any pytree. Floating and complex arrays, and Python floats, get gradients; integer arrays and PRNG keys get none.
+            Other leaves, Python ints among them, are static: f may use them as a shape or a count, and each new value compiles
+            anew. `jnp.asarray(n)` makes data of an int.
+        solver: `Fixed`, `Adaptive` or `Layers`; under `Layers` arrays in args lead with depth and f gets one slice per step.
         adjoint: how gradients are computed, by default exactly (`Backprop`).
 
     Returns:
-        A `Solution`. A trajectory that failed is NaN from the failing time on and `status` says why; see `jode.check`.
+        A `Solution`. A trajectory that failed is NaN from the failing time on and `status` says why; see `jode.check`. What is
+        wrong with times or numbers that are traced shows as `Status.invalid_input`, and every state of that trajectory is NaN.
         Batches are `jax.vmap`'s: each trajectory then has its own steps, counts and status.
 
     Raises:
@@ -66,7 +76,8 @@ def solve(f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Any = Adap
     solver = _numbers(solver, y0)
     dynamic, static = _partition((f, args, solver))
     run = _solve_jitted if _hashable(static) and _hashable(adjoint) else _solve
-    return run(y0, ts, dynamic, static, adjoint)
+    checked = all(_concrete(x) for x in (ts, *jax.tree.leaves(solver)))
+    return run(y0, ts, dynamic, static, adjoint, checked)
 
 
 def odeint(f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Any = Adaptive(), adjoint: Any = Backprop()) -> Any:
@@ -100,17 +111,19 @@ class _Spied:
 _REMEDIES = {
     Status.max_steps: "it needed more than max_steps steps: raise Adaptive(max_steps=...), loosen rtol and atol, or, if the "
     "problem is stiff, use an implicit solver",
-    Status.step_underflow: "the step shrank below the resolution of time: the solution may blow up or leave the domain of f "
-    "there; if not, use float64",
+    Status.step_underflow: "the step shrank below the resolution of time: the solution may blow up there or leave the domain of f, "
+    "or the problem is stiff and wants an implicit solver; if none of these, give ts in float64, or measure time from ts[0]",
     Status.nonfinite_dynamics: "f returned NaN or infinity at the initial state: check y0, args and the domain of f",
     Status.nonfinite_state: "the state became NaN or infinite: check y0, take smaller steps, or use Adaptive",
+    Status.invalid_input: "numbers known only at run time are out of range: ts must be finite and increase throughout or decrease "
+    "throughout, Fixed's steps lie between 1 and max_steps, Adaptive's tolerances and first_step be positive",
 }
 
 
 def check(sol: Solution) -> Solution:
     """Return sol if every trajectory succeeded, and raise `SolveError` otherwise. Call it outside `jax.jit`.
 
-    The message names the first failed trajectory, the last save time it reached, its step count and the remedy.
+    The message names the first failed trajectory, the time it reached, its last good save time, its step count and the remedy.
     """
     if isinstance(sol.status, jax.core.Tracer):
         raise TypeError(
@@ -128,7 +141,8 @@ def check(sol: Solution) -> Solution:
     for leaf in jax.tree.leaves(sol.ys):
         y = np.asarray(leaf)[row]
         finite &= np.isfinite(y).reshape(len(ts), -1).all(1)
-    reached = f"last good save time {ts[finite][-1]}" if finite.any() else f"no good state, not even at {ts[0]}"
+    saved = f"last good save time {ts[finite][-1]}" if finite.any() else f"no good state, not even at {ts[0]}"
+    reached = f"at t = {np.asarray(sol.reached)[row]}, {saved}"
     which = f"trajectory {row[0] if len(row) == 1 else row} of {status.size} ({len(failed)} failed)" if row else "the solve"
     steps = int(np.asarray(sol.stats.steps)[row])
     raise SolveError(f"{which} ended with {code.name} after {steps} steps, {reached}: {_REMEDIES[code]}")
@@ -165,6 +179,8 @@ def _state(y0: Any) -> Any:
             raise TypeError(f"{name} must be a floating or complex array, got {type(x).__name__}") from e
         if not is_inexact(x):
             raise TypeError(f"{name} must be a floating or complex array, got dtype {x.dtype}: write 1.0 for 1, or keep it in args")
+        if jnp.finfo(x.dtype).bits < 16:
+            raise TypeError(f"{name} has dtype {x.dtype}, too coarse to advance by small steps: use bfloat16, float16 or wider")
         if _concrete(x) and not np.isfinite(np.asarray(x)).all():
             raise ValueError(f"{name} must be finite, got {np.asarray(x)}")
         return x
@@ -176,22 +192,52 @@ def _concrete(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer)
 
 
-def _times(ts: Any, y0: Any) -> Array:
-    ts = jnp.stack([jnp.asarray(t) for t in ts]) if isinstance(ts, (tuple, list)) else jnp.asarray(ts)
-    if jnp.issubdtype(ts.dtype, jnp.complexfloating) or ts.dtype == bool:
-        raise TypeError(f"ts must be real, got dtype {ts.dtype}")
-    if not is_inexact(ts):
-        ts = ts.astype(jnp.result_type(float))
-    ts = ts.astype(work_dtype(ts.dtype))
-    if ts.ndim != 1 or ts.shape[0] < 2:
-        raise ValueError(f"ts must be a vector of at least two save times, the first the initial time; got shape {ts.shape}")
-    if _concrete(ts):
-        steps: Any = np.diff(np.asarray(ts))
-        if not np.isfinite(np.asarray(ts)).all():
-            raise ValueError(f"ts must be finite, got {np.asarray(ts)}")
-        if not ((steps >= 0).all() or (steps <= 0).all()):
-            raise ValueError(f"ts must increase throughout or decrease throughout, got {np.asarray(ts)}: sort it")
-    return ts
+def _times(ts: Any, y0: Any) -> Any:
+    """The save times as a vector. Arrays keep their dtype; Python numbers and integers take the state's real precision."""
+    parts = list(ts) if isinstance(ts, (tuple, list)) else [ts]
+    given = [t if hasattr(t, "dtype") else np.asarray(t) for t in parts]
+    for t in given:
+        if not (jnp.issubdtype(t.dtype, jnp.floating) or jnp.issubdtype(t.dtype, jnp.integer)):
+            raise TypeError(f"ts must be real, got dtype {t.dtype}")
+    arrays = [t.dtype for t in parts if hasattr(t, "dtype") and not getattr(t, "weak_type", False) and is_inexact(t)]
+    dtype = widest(*(jnp.result_type(d) for d in arrays or [x.dtype for x in jax.tree.leaves(y0)]), default=jnp.result_type(float))
+    known = all(_concrete(t) for t in given)
+    xp = np if known else jnp  # under a trace only NumPy's arrays stay known
+    out = xp.stack([xp.asarray(t, dtype) for t in given]) if isinstance(ts, (tuple, list)) and ts else xp.asarray(ts, dtype)
+    if out.ndim != 1 or out.shape[0] < 2:
+        raise ValueError(f"ts must be a vector of at least two save times, the first the initial time; got shape {out.shape}")
+    if known:
+        _check_times(np.concatenate([np.asarray(t, np.float64).reshape(-1) for t in given]), np.asarray(out))
+    return out
+
+
+def _check_times(exact: np.ndarray, ts: np.ndarray) -> None:
+    """Refuse times that are not finite or not in order, and times that differ as they were given but not in the dtype of ts."""
+    if not np.isfinite(ts).all():
+        raise ValueError(f"ts must be finite, got {ts}")
+    steps = np.diff(ts)
+    if not ((steps >= 0).all() or (steps <= 0).all()):
+        raise ValueError(f"ts must increase throughout or decrease throughout, got {ts}: sort it")
+    apart = np.abs(np.diff(exact)) > 4 * np.finfo(np.float64).eps * np.abs(exact[1:])
+    for i in np.flatnonzero(apart & (steps == 0)):
+        raise ValueError(
+            f"ts[{i}] = {float(exact[i])} and ts[{i + 1}] = {float(exact[i + 1])} are the same number in {ts.dtype}: "
+            "give ts as a float64 array (with jax_enable_x64), or measure time from ts[0]"
+        )
+
+
+def _valid(ts: Array, solver: Any) -> Array:
+    """Whether times and numbers that are traced are such as the checks at the door ask for."""
+    steps = ts[1:] - ts[:-1]
+    valid = jnp.all(jnp.isfinite(ts)) & (jnp.all(steps >= 0) | jnp.all(steps <= 0))
+    if isinstance(solver, Fixed) and not isinstance(solver.steps, int):
+        valid = valid & (solver.steps >= 1) & (solver.steps <= (solver.max_steps or jnp.iinfo(jnp.int32).max))
+    if isinstance(solver, Adaptive):
+        numbers = [x for x in (solver.rtol, solver.atol, solver.first_step) if x is not None]
+        for x in numbers:
+            valid = valid & (x >= 0) & jnp.isfinite(x)
+        valid = valid & ((solver.rtol > 0) | (solver.atol > 0))
+    return valid
 
 
 def _numbers(solver: Any, y0: Any) -> Any:
@@ -199,15 +245,7 @@ def _numbers(solver: Any, y0: Any) -> Any:
     if isinstance(solver, Layers):
         return solver
     if isinstance(solver, Fixed):
-        steps = solver.steps
-        if isinstance(steps, (int, np.integer)) and not isinstance(steps, bool):
-            if steps < 1:
-                raise ValueError(f"Fixed: steps must be at least 1, got {steps}")
-            return replace(solver, steps=int(steps))
-        steps = jnp.asarray(steps)
-        if steps.ndim or not jnp.issubdtype(steps.dtype, jnp.integer):
-            raise TypeError(f"Fixed: steps must be an int or an integer scalar, got {solver.steps!r}")
-        return replace(solver, steps=steps.astype(jnp.int32))
+        return _counted(solver)
     if not isinstance(solver.max_steps, int) or solver.max_steps < 1:
         raise ValueError(f"Adaptive: max_steps must be a positive int, got {solver.max_steps!r}")
     dtypes = [real_dtype(x.dtype) for x in jax.tree.leaves(y0)] or [jnp.result_type(float)]
@@ -217,7 +255,7 @@ def _numbers(solver: Any, y0: Any) -> Any:
         value = getattr(solver, name)
         if value is None and name == "first_step":
             continue
-        value = jnp.asarray(value, jnp.result_type(float))
+        value = (np if _concrete(value) else jnp).asarray(value, jnp.result_type(float))
         if value.ndim:
             raise ValueError(f"Adaptive: {name} must be a scalar, got shape {value.shape}")
         if _concrete(value) and not (float(value) >= 0 and np.isfinite(float(value))):
@@ -230,8 +268,25 @@ def _numbers(solver: Any, y0: Any) -> Any:
         warnings.warn(
             f"Adaptive: rtol={float(rtol):.1e} is below the resolution of the state's dtype; {floor:.1e} is used", stacklevel=3
         )
-    tolerances["rtol"] = jnp.where(rtol == 0, rtol, jnp.maximum(rtol, floor))
+    xp = np if _concrete(rtol) else jnp
+    tolerances["rtol"] = xp.where(rtol > 0, xp.maximum(rtol, xp.asarray(floor, rtol.dtype)), rtol)
     return replace(solver, **tolerances)
+
+
+def _counted(solver: Fixed) -> Fixed:
+    """`Fixed` with its step count checked: a Python int, or an int32 array."""
+    steps = solver.steps
+    if isinstance(steps, (int, np.integer)) and not isinstance(steps, bool):
+        if steps < 1:
+            raise ValueError(f"Fixed: steps must be at least 1, got {steps}")
+        return replace(solver, steps=int(steps))
+    steps = (np if _concrete(steps) else jnp).asarray(steps)
+    if steps.ndim or not jnp.issubdtype(steps.dtype, jnp.integer):
+        raise TypeError(f"Fixed: steps must be an int or an integer scalar, got {solver.steps!r}")
+    if _concrete(steps) and not 1 <= int(steps) <= (solver.max_steps or int(steps)):
+        bound = "" if solver.max_steps is None else f" and at most max_steps = {solver.max_steps}"
+        raise ValueError(f"Fixed: steps must be at least 1{bound}, got {int(steps)}")
+    return replace(solver, steps=steps.astype(jnp.int32))
 
 
 def _partition(tree: Any) -> tuple[list, Any]:
@@ -258,9 +313,15 @@ def _hashable(x: Any) -> bool:
     return True
 
 
-def _solve(y0: Any, ts: Array, dynamic: list, static: Any, adjoint: Any) -> Solution:
+def _solve(y0: Any, ts: Array, dynamic: list, static: Any, adjoint: Any, checked: bool) -> Solution:
     f, args, solver = _combine(dynamic, static)
-    layout = Layout.of(y0)
+    layout, ts = Layout.of(y0), jnp.asarray(ts)
+    given, valid, packed = ts, None, layout.pack(jax.tree.leaves(y0))
+    if not checked:  # an invalid trajectory starts from NaN and goes nowhere, like any other that fails at its start
+        valid = _valid(ts, solver)
+        ts = jnp.where(valid, ts, 0)
+        packed = tuple(jnp.where(valid, x, nan_unless(valid, jnp.zeros_like(x))) for x in packed)
+        solver = jax.tree.map(lambda x: x if isinstance(x, int) else jnp.where(valid, x, 1).astype(x.dtype), solver)
     depth, steps, numbers = _shape(solver, args, ts)
     field, params, effects = close(f, ts, y0, args, layout, depth)
     still = (
@@ -269,13 +330,20 @@ def _solve(y0: Any, ts: Array, dynamic: list, static: Any, adjoint: Any) -> Solu
         else solver
     )
     weights = sum(x.size for x in (*params.shared, *params.layers))
-    plan = Plan(field, still, layout, ts.shape[0], steps, weights, depth, getattr(solver, "degree", 0), effects)
-    outcome = adjoint.solve(plan, Problem(ts, layout.pack(jax.tree.leaves(y0)), params, numbers))
+    saves, degree = ts.shape[0], getattr(solver, "degree", 0)
+    still = replace(still, method=solver.method.for_steps(most_steps(solver, saves, steps)))
+    plan = Plan(field, still, layout, saves, ts.dtype, steps, weights, depth, degree, effects)
+    outcome = adjoint.solve(plan, Problem(ts, packed, params, numbers))
+    stats, status, reached = outcome.stats, outcome.status, outcome.reached
+    if valid is not None:
+        stats = jax.tree.map(lambda n: jnp.where(valid, n, 0), stats)
+        status = jnp.where(valid, status, int(Status.invalid_input))
+        reached = jnp.where(valid, reached, given[0])
     ys = jax.tree.unflatten(layout.treedef, layout.unpack(outcome.ys, (ts.shape[0],)))
-    return Solution(ts, ys, outcome.stats, outcome.status)
+    return Solution(given, ys, stats, status, jax.lax.stop_gradient(reached))
 
 
-_solve_jitted = partial(jax.jit, static_argnums=(3, 4), inline=True)(_solve)
+_solve_jitted = partial(jax.jit, static_argnums=(3, 4, 5), inline=True)(_solve)
 
 
 def _shape(solver: Any, args: Any, ts: Array) -> tuple[int | None, int | None, dict]:
@@ -302,7 +370,7 @@ def close(f: Callable, ts: Array, y0: Any, args: Any, layout: Layout, depth: int
     """
     leaves, treedef = jax.tree.flatten(args)
     arrays = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
-    time = widest(*layout.dtypes, default=ts.dtype)
+    time = ts.dtype
 
     def flat(t: Array, y: list, given: list) -> Any:
         merged = list(leaves)
@@ -314,7 +382,7 @@ def close(f: Callable, ts: Array, y0: Any, args: Any, layout: Layout, depth: int
     example = [jax.eval_shape(lambda x: x[0], x) if depth else jax.ShapeDtypeStruct(x.shape, x.dtype) for x in given]
     y = [jax.ShapeDtypeStruct(s, d) for s, d in zip(layout.shapes, layout.dtypes, strict=True)]
     jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(jax.ShapeDtypeStruct((), time), y, example)
-    _check_slope(out, y0, layout)
+    _check_slope(out, y0, layout, time)
     consts = [jnp.asarray(c) for c in jaxpr.consts]
     buckets: tuple[list, list, list, list] = ([], [], [], [])
     places = []
@@ -326,17 +394,25 @@ def close(f: Callable, ts: Array, y0: Any, args: Any, layout: Layout, depth: int
     def field(t: Array, state: State, params: Params) -> State:
         values = [params[b][i] for b, i in places]
         split = len(consts)
-        slopes = jax.core.eval_jaxpr(jaxpr.jaxpr, values[:split], t.astype(time), *layout.unpack(state), *values[split:])
-        return layout.pack([k.astype(d) for k, d in zip(slopes, layout.dtypes, strict=True)])
+        slopes = jax.core.eval_jaxpr(jaxpr.jaxpr, values[:split], t, *layout.unpack(state), *values[split:])
+        return layout.pack([jnp.asarray(k, d) for k, d in zip(slopes, layout.dtypes, strict=True)])
 
     return field, Params(*buckets), jaxpr.effects
 
 
-def _check_slope(out: Any, y0: Any, layout: Layout) -> None:
+def _bits(dtype: Any) -> int:
+    """Bits of a real number of this dtype, complex or not."""
+    return jnp.finfo(dtype).bits
+
+
+def _check_slope(out: Any, y0: Any, layout: Layout, time: Any) -> None:
     leaves, treedef = jax.tree.flatten(out)
     if treedef != layout.treedef:
         stateful = isinstance(out, tuple) and len(out) == 2 and jax.tree.structure(out[0]) == layout.treedef
+        stateful = stateful and [x.shape for x in jax.tree.leaves(out[0])] == list(layout.shapes)
         hint = "; a pair of slope and state (batch statistics) is not a vector field: see jode.resnet" if stateful else ""
+        if isinstance(out, (list, tuple)) and not stateful and jax.tree_util.treedef_is_leaf(layout.treedef):
+            hint = f": y0 is one array, so make one of the {len(out)} entries with jnp.stack"
         raise TypeError(f"f(t, y, args) must return the structure of y0, {layout.treedef}; it returned {treedef}{hint}")
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(y0)[0]]
     for path, k, shape, dtype in zip(paths, leaves, layout.shapes, layout.dtypes, strict=True):
@@ -344,5 +420,5 @@ def _check_slope(out: Any, y0: Any, layout: Layout) -> None:
             raise TypeError(f"f(t, y, args){path} must have the shape of y0{path}, {shape}; it has {k.shape}")
         if jnp.issubdtype(k.dtype, jnp.complexfloating) and not jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(f"f(t, y, args){path} is complex but y0{path} is {dtype}: make y0 complex")
-        if is_inexact(k) and jnp.finfo(k.dtype).bits > max(32, jnp.finfo(dtype).bits):
+        if is_inexact(k) and _bits(k.dtype) > max(32, _bits(dtype), _bits(time)):  # t may well have widened it
             warnings.warn(f"f(t, y, args){path} is {k.dtype} and is cast to the dtype of y0{path}, {dtype}", stacklevel=2)

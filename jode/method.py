@@ -44,7 +44,7 @@ class Method:
 
     order: int
     embedded_order: int | None  # of the solution that the error estimate compares with; None without one
-    evaluations: int  # of the vector field a step,
+    evaluations: int  # of the vector field per step,
     trials: int  # a step that estimates its error,
     starts: int = 0  # before the first step,
     extra: int = 0  # and for the interpolant of a step
@@ -53,6 +53,10 @@ class Method:
     exact: bool = False  # whether `inverse` inverts `step` up to rounding
     error: tuple[tuple[float, ...], ...]
     dense: tuple[tuple[float, ...], ...]
+
+    def for_steps(self, most: int) -> Method:
+        """The method for a solve of at most so many steps; 0 where that is not known."""
+        return self
 
     def start(self, y: State, slope: Callable[[], State]) -> State:
         """The method's own state for y, given the slope there."""
@@ -90,8 +94,8 @@ class Method:
         """b_i(θ) of the interpolant, 0 ≤ θ ≤ 1."""
         return [_horner(row, theta) for row in self.dense]
 
-    def errors(self, h: Array, K: list[State]) -> list[State]:
-        """The method's estimates of its own local error."""
+    def errors(self, h: Array, K: list[State], s: State, s1: State) -> list[State]:
+        """The method's estimates of the local error of a step from s to s1."""
         return [combine(h, row, K) for row in self.error]
 
     def pulled(self, dense: bool) -> int:
@@ -126,7 +130,7 @@ class Method:
 class RungeKutta(Method):
     """y1 = y0 + h Σ b_i k_i, k_i = F(t + c_i h, y0 + h Σ_j a_ij k_j): an explicit method given by its tableau.
 
-    Local error O(h^(p+1)), global O(h^p) for order p; costs one evaluation of F a stage. `jode.RungeKutta(tableau)` makes a
+    Local error O(h^(p+1)), global O(h^p) for order p; costs one evaluation of F per stage. `jode.RungeKutta(tableau)` makes a
     new method of any `Tableau`.
     """
 

@@ -13,13 +13,13 @@ from jax import Array
 from jode.batch import Rows
 from jode.grid import Adaptive, Status
 from jode.method import Method, Stage
-from jode.tree import State, increment, magnitude, stack_full, store, where, widest, zeros_like
+from jode.tree import State, increment, magnitude, nan_unless, stack_full, store, where, widest, zeros_like
 
 Field = Callable[[Array, State], State]
 
 
 class Search(NamedTuple):
-    """The carry of the adaptive loop. Numbers are columns; h is the next step: where it is 0 a row is done, for good or ill."""
+    """The carry of the adaptive loop. Numbers are columns; h is the next step. Rows that are done have h == 0."""
 
     t: Array
     h: Array
@@ -70,13 +70,13 @@ def depart(
     norm = partial(_norm, rows, tol)
     sign = _sign(ts)
     width = _first_step(method, F, norm, t0, sign, jnp.abs(t1 - t0), y0, slope, tol.get("first_step"))
+    width = jnp.maximum(width, 2 * _resolution(t0))  # a state at rest says nothing about the scale of time
     zero = jnp.zeros(t0.shape, jnp.int32)
     saves = None
     if ts.shape[0] > 2:
         same = ts[1:-1] == ts[:1]
-        ys = tuple(
-            jnp.where(same if same.ndim > 1 else same.reshape(-1, *[1] * x.ndim), x[None], jnp.nan).astype(x.dtype) for x in y0
-        )
+        spread = lambda x: same if same.ndim > 1 else same.reshape(-1, *[1] * x.ndim)
+        ys = tuple(jnp.where(spread(x), x[None], jnp.zeros_like(x)[None]) for x in y0)
         saves = Saves(1 + rows.spread(jnp.sum(same, axis=0)).astype(jnp.int32), zero, ys)
     record = None
     if keep is not None:
@@ -152,6 +152,14 @@ def ending(method: Method, rows: Rows, ts: Array, slope: State, s: Search) -> tu
     return arrived, jnp.where(rows.finite(method.read(s.s)), status, int(Status.nonfinite_state)).astype(jnp.int32)
 
 
+def reached(saves: Saves) -> State:
+    """The states at interior save times, NaN at those that the search did not come to."""
+    count = jax.tree.leaves(saves.ys)[0].shape[0] if saves.ys else 0
+    index = jnp.arange(1, count + 1, dtype=jnp.int32)
+    come = jax.vmap(lambda i: i < saves.next)(index)
+    return tuple(nan_unless(come.reshape(-1, *[1] * (y.ndim - 1)) if come.ndim == 1 else come, y) for y in saves.ys)
+
+
 def _reach(t1: Array, t: Array, h: Array) -> Array:
     """The next step from t: cut at t1, and 0 where it is too small to move t or not a number.
 
@@ -159,8 +167,13 @@ def _reach(t1: Array, t: Array, h: Array) -> Array:
     """
     left, h = t1 - t, jax.lax.stop_gradient(h)
     last = jnp.abs(h) >= jnp.abs(left)
-    moves = jnp.abs(h) > 10 * jnp.finfo(t.dtype).eps * jnp.abs(t)
+    moves = jnp.abs(h) > _resolution(t)
     return jnp.where(last, left, jnp.where(moves, jax.lax.stop_gradient(t + h) - t, 0))
+
+
+def _resolution(t: Array) -> Array:
+    """Steps must be wider than this: ten times the rounding of t."""
+    return 10 * jnp.finfo(t.dtype).eps * jnp.abs(t)
 
 
 def _sign(ts: Array) -> Array:
@@ -188,7 +201,7 @@ def _guard(estimate: State, s: State, slope: State) -> State:
 
 def _error(method: Method, norm: Callable, h: Array, s: State, s1: State, K: list[State]) -> Array:
     """The scaled error of a step from s to s1 with slopes K, NaN if the step left the domain."""
-    estimates = [norm(_guard(e, s1, K[-1]), method.read(s), method.read(s1)) for e in method.errors(h, K)]
+    estimates = [norm(_guard(e, s1, K[-1]), method.read(s), method.read(s1)) for e in method.errors(h, K, s, s1)]
     if len(estimates) == 1:
         return estimates[0]
     fifth, third = estimates  # Hairer, Norsett & Wanner I, section II.10
@@ -228,7 +241,7 @@ def _first_step(
     bold = jnp.exp(power * jnp.log(0.01 / jnp.where(worst <= 1e-15, 1, worst)))
     bold = jnp.where(worst <= 1e-15, jnp.maximum(1e-6, 1e-3 * guess.astype(worst.dtype)), bold)
     bold = jnp.where(jnp.isfinite(bold), bold, guess.astype(bold.dtype)).astype(t0.dtype)
-    return jnp.where(jnp.isnan(d1), jnp.nan, jnp.maximum(jnp.minimum(100 * guess, bold), floor))
+    return nan_unless(~jnp.isnan(d1), jnp.maximum(jnp.minimum(100 * guess, bold), floor))
 
 
 def _save(method: Method, G: Stage, rows: Rows, ts: Array, c: Search, t: Array, K: list[State]) -> Saves:
@@ -243,7 +256,7 @@ def _save(method: Method, G: Stage, rows: Rows, ts: Array, c: Search, t: Array, 
     def one(carry: tuple) -> tuple:
         j, ys = carry
         mask = pending(j) | (rows.size is None)  # one trajectory is here only while it is pending
-        theta = (rows.pick(ts, j) - c.t) / h
+        theta = (rows.pick(ts, j) - c.t) / jnp.where(h == 0, 1, h)
         values = increment(method.base(theta, c.s), h, method.dense_weights(theta), slopes)
         index = jnp.where(mask, j - 1, inner)
         ys = tuple(rows.write(table, index, v) for table, v in zip(ys, values, strict=True))

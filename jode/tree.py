@@ -117,7 +117,7 @@ def _weighted(weights: Sequence[Any], ks: Sequence[Array], dtype: Any) -> Array 
 
 
 def combine(h: Array, weights: Sequence[Any], ks: Sequence[State]) -> State:
-    """H Σ w_i k_i, in the working dtype. Weights are Python floats (zeros cost nothing) or arrays."""
+    """h Σ w_i k_i, in the working dtype. Weights are Python floats (zeros cost nothing) or arrays."""
     out = []
     for vectors in zip(*ks, strict=True):
         dtype = work_dtype(vectors[0].dtype)
@@ -127,14 +127,14 @@ def combine(h: Array, weights: Sequence[Any], ks: Sequence[State]) -> State:
 
 
 def increment(y: State, h: Array, weights: Sequence[Any], ks: Sequence[State]) -> State:
-    """Y + h Σ w_i k_i, in the dtype of y."""
+    """y + h Σ w_i k_i, in the dtype of y."""
     if not any(not isinstance(w, float) or w != 0.0 for w in weights):
         return y
     return tuple((x.astype(d.dtype) + d).astype(x.dtype) for x, d in zip(y, combine(h, weights, ks), strict=True))
 
 
 def combine_stacked(h: Array, weights: Array, stacked: State) -> State:
-    """H Σ w_i k_i for slopes stacked along a leading axis; weights (n,), or (n, ...) where they differ by row."""
+    """h Σ w_i k_i for slopes stacked along a leading axis; weights (n,), or (n, ...) where they differ by row."""
     out = []
     for K in stacked:
         dtype = work_dtype(K.dtype)
@@ -148,7 +148,7 @@ def combine_stacked(h: Array, weights: Array, stacked: State) -> State:
 
 
 def increment_stacked(y: State, h: Array, weights: Array, stacked: State) -> State:
-    """Y + h Σ w_i k_i for slopes stacked along a leading axis."""
+    """y + h Σ w_i k_i for slopes stacked along a leading axis."""
     total = combine_stacked(h, weights, stacked)
     return tuple((x.astype(d.dtype) + d).astype(x.dtype) for x, d in zip(y, total, strict=True))
 
@@ -167,6 +167,12 @@ def where(mask: Array, a: Any, b: Any) -> Any:
     return jax.tree.map(lambda x, y: jnp.where(mask, x, y), a, b)
 
 
+def nan_unless(mask: Array, x: Array) -> Array:
+    """x where the mask holds and NaN elsewhere. Where it holds everywhere no NaN is computed, so `jax_debug_nans` stays silent."""
+    one = mask.astype(real_dtype(x.dtype))
+    return x * (one / one).astype(x.dtype)
+
+
 def add(a: Any, b: Any) -> Any:
     return jax.tree.map(jnp.add, a, b)
 
@@ -181,7 +187,7 @@ def take(a: Any, i: Any) -> Any:
 
 
 def put(a: Any, i: Any, value: Any) -> Any:
-    """A with entry i of the first axis of every leaf replaced."""
+    """`a` with entry i of the first axis of every leaf replaced."""
     return jax.tree.map(lambda x, v: jax.lax.dynamic_update_index_in_dim(x, v, i, 0), a, value)
 
 

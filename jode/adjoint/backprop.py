@@ -93,7 +93,7 @@ def _recompute(march: Known | Found, problem: Problem, grid: Any, keep: int) -> 
             at, y, (top, index, states) = carry
             free = keep - 1 - top
             stop = at + stride(i - at + 1, free)
-            y = jax.lax.fori_loop(at, stop, lambda s, y: march.advance(problem, grid, s, y), y)
+            y = jax.lax.fori_loop(at, stop, lambda s, y: march.advance(problem, grid, jnp.asarray(s, jnp.int32), y), y)
             push = free > 0
             top = top + push.astype(jnp.int32)
             index = index.at[top].set(jnp.where(push, stop, index[top]))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jode.adjoint.rule import Adjoint
-from jode.batch import Batch, native, one_way
+from jode.batch import Batch, native, only_forward
 from jode.march import Outcome, Plan, Problem, march_of
 
 
@@ -15,7 +15,7 @@ class ForwardMode(Adjoint):
     """Derivatives along a direction: `jax.jvp`, `jax.jacfwd`, and forward over forward.
 
     The tangent is marched beside the state, step for step on the grid that the solve takes, so it is the exact derivative of
-    the numbers computed and agrees with `Backprop`. It costs about one more evaluation of f a stage and a direction, in the
+    the numbers computed and agrees with `Backprop`. It costs about one more evaluation of f per stage and direction, in the
     memory of the solve. Hessian-vector products are forward over reverse: `jax.jvp` of `jax.grad` with `Backprop`.
     """
 
@@ -25,7 +25,7 @@ class ForwardMode(Adjoint):
 
             def run(problem: Problem) -> Outcome:
                 outcome = march.leave(march.run(march.enter(problem)))
-                ys = one_way(
+                ys = only_forward(
                     outcome.ys, "ForwardMode has no reverse mode: use jode.Backprop() under jax.grad, jax.vjp and jax.jacrev"
                 )
                 return outcome._replace(ys=ys)

@@ -13,6 +13,7 @@ from jax import Array
 from jode.adjoint.discrete import Discrete
 from jode.adjoint.rule import drift
 from jode.march import Found, Known, Plan, Problem
+from jode.reversible import GROWTH, SEGMENTS
 from jode.tree import State, real_dtype, take, where
 
 AUTO = "auto"
@@ -26,9 +27,10 @@ class MemoryFree(Discrete):
     that of Sander, Ablin & Peyré 2022: the exact formula at states that are off by O(h^p) (O(h^(p+1)) for even p) where the
     dynamics are smooth in depth. Save times of `Fixed` and `Layers` put Runge-Kutta states right again.
 
-    `anchors=k` keeps the state that every k-th step starts from and restarts there; None keeps none. By default k is how many
-    inverse steps let a rounding error grow tenfold in single precision, or ten-thousandfold in double: one state every 2,300 or
-    9,200 steps for Reversible(coupling=0.999), none for the other methods. A row whose recovered initial state is off by more than
+    `anchors=k` keeps the state that every k-th step starts from and restarts there; None keeps none. By default none are kept for
+    `leapfrog`, `reversible_heun` and Runge-Kutta methods. For `Reversible` and `Momentum`, whose inverse lets rounding errors
+    grow, it is 16 states, or more where over those distances they would grow more than a hundredfold in single precision, or
+    1e5-fold in double. A row whose recovered initial state is off by more than
     `max_drift` of its size gets NaN for a gradient.
     """
 
@@ -44,9 +46,10 @@ class MemoryFree(Discrete):
         if self.anchors != AUTO:
             return int(self.anchors or 0) if plan.most else 0
         growth = math.log(plan.solver.method.growth)
-        bits = max((jnp.finfo(real_dtype(d)).bits for d in plan.layout.dtypes), default=64)
-        every = math.ceil(math.log(1e4 if bits == 64 else 10) / growth) if growth else 0
-        return every if every < plan.most else 0
+        if not (growth and plan.most):
+            return 0
+        bits = min((jnp.finfo(real_dtype(d)).bits for d in plan.layout.dtypes), default=64)
+        return min(math.ceil(math.log(1e5 if bits == 64 else GROWTH) / growth), math.ceil(plan.most / SEGMENTS))
 
     def again(self, plan: Plan, rows: int, steps: Array) -> Array:
         return steps

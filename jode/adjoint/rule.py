@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jode.batch import one_way
+from jode.batch import only_forward, only_reverse
 from jode.march import Cotangents, Found, Known, Outcome, Params, Plan, Problem
-from jode.tree import State, magnitude, widest
+from jode.tree import State, magnitude, nan_unless, widest
 
 
 class Adjoint:
@@ -30,6 +30,15 @@ def split(problem: Problem) -> tuple[tuple, tuple]:
     """What carries cotangents, and what does not."""
     p = problem.params
     return (problem.ts, problem.y0, p.shared, p.layers), (p.fixed, p.fixed_layers, problem.numbers)
+
+
+def only_in_reverse(adjoint: Adjoint, moving: Any) -> Any:
+    """What carries cotangents, as it is; differentiating it forwards is refused in words."""
+    return only_reverse(
+        moving,
+        f"{type(adjoint).__name__} gives gradients (jax.grad, jax.vjp, jax.jacrev) and their forward derivatives (jax.hessian). "
+        "For jax.jvp, jax.jacfwd or jax.linearize of the solve itself use adjoint=jode.ForwardMode()",
+    )
 
 
 def join(moving: tuple, still: tuple) -> Problem:
@@ -72,7 +81,7 @@ def contained(
         else:
             shape = (-1,) + (1,) * (x.ndim - 1) if rows.size is not None else ()
             zero, bad = zero.reshape(shape), poisoned.reshape(shape)
-        return jnp.where(bad, jnp.nan, jnp.where(zero, 0, x)).astype(x.dtype)
+        return nan_unless(~bad, jnp.where(zero, 0, x).astype(x.dtype))
 
     def settle_stack(x: Array, mapped: bool) -> Array:
         """The same; without a failure the stack of all layers stays in the buffer that the march wrote it to."""
@@ -100,7 +109,7 @@ def drift(march: Known | Found, found: State, true: State, ys: State) -> Array:
 
 def only_forward_over_reverse(bars: Any) -> Any:
     """The cotangents as they are; differentiating them in reverse is refused in words."""
-    return one_way(
+    return only_forward(
         bars,
         "reverse over reverse through this solve is not supported: its steps are data. Take second derivatives forward over "
         "reverse (jax.hessian, or jax.jvp of jax.grad), or use Fixed with a Python int",

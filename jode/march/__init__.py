@@ -11,12 +11,25 @@ from jax import Array
 
 from jode.batch import Batch, Rows
 from jode.grid import Adaptive
-from jode.march.base import Cotangents, March, Outcome, Params, Plan, Problem, inner
+from jode.march.base import Cotangents, March, Outcome, Params, Plan, Problem, inner, most_steps
 from jode.march.found import Found
 from jode.march.known import Known
 from jode.tree import State
 
-__all__ = ["Cotangents", "Found", "Known", "March", "Outcome", "Params", "Plan", "Problem", "inner", "march_of", "reverse"]
+__all__ = [
+    "Cotangents",
+    "Found",
+    "Known",
+    "March",
+    "Outcome",
+    "Params",
+    "Plan",
+    "Problem",
+    "inner",
+    "march_of",
+    "most_steps",
+    "reverse",
+]
 
 
 def march_of(plan: Plan, batch: Batch | None) -> Known | Found:

@@ -22,7 +22,7 @@ from jode.tree import Layout, State, add, blend, zeros_like
 
 
 class Params(NamedTuple):
-    """The arrays a vector field reads: with gradients (`shared`, `layers`) and without; `layers` have one slice a step."""
+    """The arrays a vector field reads: with gradients (`shared`, `layers`) and without; `layers` have one slice per step."""
 
     shared: list
     layers: list
@@ -40,12 +40,13 @@ class Problem(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """States at the save times (save time first), which of them are finite, the counts and the status."""
+    """States at the save times (save time first), which of them are finite, the counts, the status, and the time reached."""
 
     ys: State
     good: Array
     stats: Stats
     status: Array
+    reached: Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,7 @@ class Plan:
     solver: Any
     layout: Layout
     saves: int
+    time: Any  # dtype
     steps: int | None  # steps between save times; None when that number is data
     weights: int  # how many numbers the parameters with gradients are
     depth: int | None  # layers, or None
@@ -69,7 +71,7 @@ class Plan:
         ys = tuple(shape((self.saves, *x.shape), x.dtype) for x in self.layout.packed)
         one = shape((), jnp.int32)
         stats = Stats(*[one] * len(Stats._fields))
-        return Promise(Outcome(ys, shape((self.saves,), bool), stats, one), self.effects)
+        return Promise(Outcome(ys, shape((self.saves,), bool), stats, one, shape((), self.time)), self.effects)
 
     @property
     def dense(self) -> bool:
@@ -78,10 +80,14 @@ class Plan:
 
     @property
     def most(self) -> int:
-        """A static bound on the number of steps; zero where none is known."""
-        if isinstance(self.solver, Adaptive):
-            return self.solver.max_steps
-        return (self.saves - 1) * (self.steps or self.solver.max_steps or 0)
+        return most_steps(self.solver, self.saves, self.steps)
+
+
+def most_steps(solver: Any, saves: int, steps: int | None) -> int:
+    """A static bound on the number of steps; zero where none is known."""
+    if isinstance(solver, Adaptive):
+        return solver.max_steps
+    return (saves - 1) * (steps or getattr(solver, "max_steps", None) or 0)
 
 
 class Cotangents(NamedTuple):
@@ -178,7 +184,7 @@ class March:
         rows = self.rows
         ys = tuple(rows.leave(x, 1) for x in outcome.ys)
         stats = Stats(*(rows.flat(rows.spread(jnp.asarray(x, jnp.int32))) for x in outcome.stats))
-        return Outcome(ys, rows.flat(outcome.good), stats, rows.flat(outcome.status))
+        return Outcome(ys, rows.flat(outcome.good), stats, rows.flat(outcome.status), rows.flat(rows.spread(outcome.reached)))
 
     def leave_trace(self, grid: Any, states: Any) -> tuple[Any, Any]:
         """Grid and states with a leading row axis."""

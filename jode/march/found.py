@@ -12,8 +12,8 @@ from jax import Array
 from jode.grid import Stats
 from jode.march.base import Cotangents, March, Outcome, Problem, inner
 from jode.method import Stage
-from jode.search import Search, depart, ending, travel
-from jode.tree import State, add, increment_stacked, where, zeros_like
+from jode.search import Search, depart, ending, reached, travel
+from jode.tree import State, add, increment_stacked, nan_unless, where, zeros_like
 from jode.turns import FEW, groups, in_groups
 
 
@@ -30,14 +30,14 @@ class Found(March):
         s = depart(plan.solver, F, rows, ts, s0, slope, problem.numbers, keep)
         s = self._travel(problem, s, keep)
         arrived, status = ending(method, rows, ts, slope, s)
-        end = tuple(jnp.where(arrived, x, jnp.nan).astype(x.dtype) for x in method.read(s.s))
-        middle = s.saves.ys if s.saves else tuple(jnp.zeros((0, *x.shape), x.dtype) for x in end)
+        end = tuple(nan_unless(arrived, x) for x in method.read(s.s))
+        middle = reached(s.saves) if s.saves else tuple(jnp.zeros((0, *x.shape), x.dtype) for x in end)
         ys = tuple(jnp.concatenate([x[None], v, z[None]]) for x, v, z in zip(y0, middle, end, strict=True))
         automatic = 2 if plan.solver.first_step is None else 1
         dense = method.extra * s.saves.dense if s.saves else 0
         nfe = automatic + method.trials * s.attempts + dense
         stats = Stats(nfe, s.attempts, s.accepted, s.attempts - s.accepted, s.accepted * self.nfe_pull)
-        return Outcome(ys, self.good(ys), stats, status), s
+        return Outcome(ys, self.good(ys), stats, status, s.t), s
 
     def _travel(self, problem: Problem, s: Search, keep: int | None) -> Search:
         """The end of the search; of many rows those that want far more steps than others, if nothing is recorded, in groups."""

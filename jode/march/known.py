@@ -11,7 +11,7 @@ from jax import Array
 from jode.grid import Stats, Status
 from jode.march.base import Cotangents, March, Outcome, Problem
 from jode.method import Stage
-from jode.tree import State, stack_zeros, store, take, where
+from jode.tree import State, nan_unless, stack_zeros, store, take, where
 
 
 class Known(March):
@@ -51,7 +51,7 @@ class Known(March):
         """The state saved, NaN in rows that are not finite (and stay so: every step adds to the state), and which rows are."""
         y = self.method.read(s)
         good = self.rows.finite(y)
-        return tuple(jnp.where(good, x, jnp.nan).astype(x.dtype) for x in y), good
+        return tuple(nan_unless(good, x) for x in y), good
 
     def march(self, problem: Problem, keep: int | None) -> tuple[tuple[State, Array], tuple]:
         """What is saved, save time first; with `keep` also the last state and those that steps 0, keep, 2 keep … start from."""
@@ -97,7 +97,9 @@ class Known(March):
         steps = (self.plan.saves - 1) * jnp.asarray(self.count(problem), jnp.int32)
         nfe = self.method.starts + steps * self.method.evaluations
         backward = steps * self.nfe_pull
-        return Outcome(ys, good, Stats(nfe, steps, steps, jnp.zeros((), jnp.int32), backward), status)
+        last = jnp.maximum(jnp.sum(good, axis=0, dtype=jnp.int32) - 1, 0)  # what is not finite stays so
+        reached = self.rows.pick(problem.ts, last)
+        return Outcome(ys, good, Stats(nfe, steps, steps, jnp.zeros((), jnp.int32), backward), status, reached)
 
     def broken(self, grid: Any, good: Array, failed: Array) -> Array:
         """Rows that failed before their first save time: their later states are never looked at."""

@@ -49,7 +49,10 @@ class StepState(NamedTuple):
 
 
 class Check(NamedTuple):
-    """What an update found: whether it `checked`, and then the metric under the test solver and with the larger step."""
+    """What an update found: whether it `checked`, and the metric under the test solver and with the larger step.
+
+    What was not measured is -inf.
+    """
 
     checked: Array
     tested: Array
@@ -58,14 +61,18 @@ class Check(NamedTuple):
 
 @dataclass(frozen=True)
 class StepAdaptation:
-    """The largest step with which a model trains as an ODE: Ott et al. 2021, Algorithm 2, with its constants as fields.
+    """The largest step with which a model trains as an ODE: Ott et al. 2021, Algorithm 2, and an end to it.
 
     Every `every` iterations the batch is evaluated under a `test` method of higher order, with a step of which the nominal
     error is `finer` times smaller, h_test = min(h, (h^p / finer)^(1/q)), p and q the orders. A change of accuracy beyond
     `threshold` halves the step (towards `max_steps`, halfway there); otherwise it grows by a tenth if, so grown, it still
     agrees with the test.
 
-        adapt = StepAdaptation()
+    That is the paper's rule, `StepAdaptation()`. It never ends: steps grow until they are too coarse, and a model that stops
+    just then is no ODE. Given how many `iterations` there will be, the last of them, a fraction `settle`, make an end: steps
+    grow no more, and halve wherever the change exceeds `settled`. The model then trains on with steps on the fine side.
+
+        adapt = StepAdaptation(iterations=10_000)
         state = adapt.init(first_step(f, y0, args))
         ...                                              # in the training step, which is traced once:
         solver = adapt.solver(state)                     # Fixed, with a step count that is data
@@ -83,6 +90,9 @@ class StepAdaptation:
     finer: float = 50.0
     largest: float = 1.0
     max_steps: int = 500
+    iterations: int | None = None
+    settle: float = 0.05
+    settled: float = 0.02
 
     def init(self, h: Any) -> StepState:
         """The state that starts with step h, a fraction of the interval; see `first_step`."""
@@ -112,16 +122,18 @@ class StepAdaptation:
             metric: metric(solver) -> the accuracy of the same batch with the same weights, those before this iteration's update.
         """
         accuracy = jnp.asarray(accuracy, jnp.float32)
+        last = state.iteration >= round((1 - self.settle) * self.iterations) if self.iterations else jnp.zeros((), bool)
+        threshold = jnp.where(last, self.settled, self.threshold)
 
         def check(h: Array) -> tuple[Array, Check]:
             tested = jnp.asarray(metric(self.tester(state)), jnp.float32)
-            off = ~(jnp.abs(tested - accuracy) <= self.threshold)
+            off = ~(jnp.abs(tested - accuracy) <= threshold)
             larger = jnp.minimum(self.grow * h, self.largest)
 
             def try_larger(_: Any) -> Array:
                 return jnp.asarray(metric(self.solver(StepState(larger, state.iteration))), jnp.float32)
 
-            grown = jax.lax.cond(off, lambda _: jnp.float32(jnp.nan), try_larger, None)
+            grown = jax.lax.cond(off | last, lambda _: -jnp.float32(jnp.inf), try_larger, None)
             smaller = jnp.where(1 / (self.shrink * h) > self.max_steps, 2 * h / (self.max_steps * h + 1), self.shrink * h)
             agrees = jnp.abs(tested - grown) <= self.threshold
             h = jnp.where(off, jnp.maximum(smaller, 1 / self.max_steps), jnp.where(agrees, larger, h))
@@ -133,7 +145,7 @@ class StepAdaptation:
 
 def _if_due(every: int, iteration: Array, check: Callable, x: Array) -> tuple[Array, Check]:
     """check(x) where another `every` iterations are over, and x as it is elsewhere."""
-    nothing = jnp.float32(jnp.nan)
+    nothing = -jnp.float32(jnp.inf)
     unchecked = Check(jnp.zeros((), bool), nothing, nothing)
     return jax.lax.cond((iteration + 1) % every == 0, check, lambda x: (x, unchecked), x)
 
@@ -188,7 +200,8 @@ class ToleranceAdaptation:
 
         Args:
             state: that of this iteration.
-            accuracy, nfe: of the training forward pass of this iteration; evaluations of the batch, however they are counted.
+            accuracy: of the training forward pass of this iteration.
+            nfe: its evaluations of the batch, however they are counted.
             metric: metric(solver) -> (accuracy, nfe) of the same batch with the weights before this iteration's update.
         """
         accuracy, nfe = jnp.asarray(accuracy, jnp.float32), jnp.asarray(nfe, jnp.float32)
@@ -212,7 +225,7 @@ class ToleranceAdaptation:
             _, tested, _ = jax.lax.while_loop(too_coarse, tighten, (start, *measure(self.test, start)))
             off = ~(jnp.abs(tested - accuracy) <= self.threshold)
             larger = jnp.minimum(self.grow * tol, self.largest)
-            nothing = jnp.float32(jnp.nan)
+            nothing = -jnp.float32(jnp.inf)
             grown, count = jax.lax.cond(off, lambda _: (nothing, nothing), lambda _: measure(self.method, larger), None)
             idle = jnp.all(history == count)  # the tolerance may grow for ever where the steps do not change
             agrees = (jnp.abs(tested - grown) <= self.threshold) & ~idle

@@ -88,10 +88,11 @@ def convergence(
     order.
 
     Args:
-        error: error(solver) -> the model's error against data, a pure function of the solver, smooth in what the model
-        predicts. method: the method the model was trained with. steps: at least four step counts, each twice the last.
-        trained: the one it was trained with, by default the first. tolerance: how far, relative to the error in training, the
-        error of finer steps may be from it.
+        error: error(solver) -> the model's error against data, a pure function of the solver, smooth in what the model predicts.
+        method: the method the model was trained with.
+        steps: at least four step counts, each twice the last.
+        trained: the one it was trained with, by default the first.
+        tolerance: how far, relative to the error in training, the error of finer steps may be from it.
 
     A model that is an ODE has e(h) = e(0) + O(h^p): differences of successive errors fall by 2^p, and beyond the training
     step nothing changes. One that is not is at its best at the training step, and worse with finer ones.

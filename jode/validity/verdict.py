@@ -1,0 +1,395 @@
+"""The test: evaluate a trained model under other solvers than it was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from jode.grid import Adaptive, Fixed
+from jode.method import dopri8
+from jode.validity import paired
+from jode.validity.paired import OUTSIDE, UNDECIDED, UNTESTED, WITHIN, Change
+
+_ODE = {WITHIN: "an ODE", OUTSIDE: "not an ODE", UNDECIDED: UNDECIDED, UNTESTED: UNTESTED}
+_AGREES = {WITHIN: "agrees", OUTSIDE: "differs", UNDECIDED: UNDECIDED, UNTESTED: UNTESTED}
+REFERENCE = Adaptive(dopri8, 1e-6, 1e-6, max_steps=65_536)
+
+
+def error_scale(solver: Fixed | Adaptive) -> float:
+    """The nominal error of a solver: h^p for `steps` = 1/h steps of order p, or the tolerance (the larger of rtol and atol)."""
+    if isinstance(solver, Fixed):
+        return float(solver.steps) ** -solver.method.order
+    if isinstance(solver, Adaptive):
+        return max(float(solver.rtol), float(solver.atol))
+    raise TypeError(f"solver must be jode.Fixed or jode.Adaptive, got {solver!r}: give `outputs`, and its error is measured")
+
+
+def at_least_as_fine(test: Fixed | Adaptive, train: Fixed | Adaptive) -> bool:
+    """Whether a test solver's failure counts against the model: its nominal error is no larger than the training solver's."""
+    return error_scale(test) <= error_scale(train) * (1 + 1e-6)
+
+
+def measured_errors(outputs: Callable[[Any], Any], solvers: Sequence[Any], reference: Any = REFERENCE) -> np.ndarray:
+    """The error of each solver: the root mean square over examples of ‖o - o*‖, relative to the spread of o* over examples.
+
+    Args:
+        outputs: outputs(solver) -> a pytree whose arrays lead with the examples: end states, or scores.
+        solvers: the solvers to measure.
+        reference: the solver whose outputs o* are taken for exact, by default dopri8 at 1e-6: errors below some 1e-5 are all alike.
+    """
+    exact = _table(outputs(reference))
+    if not np.isfinite(exact).all():
+        raise ValueError(f"the reference solver {name(reference)} failed on some examples: give another reference")
+    scale = _spread(exact)
+    return np.array([np.sqrt(np.mean(_distance(_table(outputs(s)), exact) ** 2)) / scale for s in solvers])
+
+
+# By how much does the metric change?
+
+
+@dataclass(frozen=True)
+class Swap:
+    """The cross table: `table[i, j]` is the mean metric of the model trained with `train[i]` under `test[j]`.
+
+    `own[i]` is that under the training solver; `low` and `high` are the ends of the confidence interval of the change from it.
+    The intervals of one model hold together with probability `confidence`. `counts[i, j]` says whether that test solver counts
+    against the model, and `errors[i, j]` is its measured error (NaN where it was not). `tolerance[i]` is the change that is none,
+    in units of the metric, and `examples[i]` how many there were, 0 for a metric of one number, which has no interval.
+    """
+
+    train: tuple
+    test: tuple
+    table: np.ndarray
+    own: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    counts: np.ndarray
+    errors: np.ndarray
+    tolerance: np.ndarray
+    examples: np.ndarray
+    confidence: float
+
+    @property
+    def changes(self) -> np.ndarray:
+        """The change of the mean metric, infinite where it is not finite."""
+        change = self.table - self.own[:, None]
+        return np.where(np.isfinite(change), change, np.inf)
+
+    @property
+    def drops(self) -> np.ndarray:
+        """The largest |change| under another solver that counts, one per model; NaN where none counts."""
+        worst = np.where(self.counts, np.abs(self.changes), 0.0).max(axis=1, initial=0.0)
+        return np.where(self.counts.any(axis=1), worst, np.nan)
+
+    def verdict(self, i: int, j: int) -> str:
+        """What the interval of model i under solver j says."""
+        return _ODE[paired.equivalence(self.low[i, j], self.high[i, j], self.tolerance[i])]
+
+    @property
+    def verdicts(self) -> list[str]:
+        """Of each model. `an ODE`: under every solver that counts the whole interval of the change is within the tolerance.
+        `not an ODE`: under one of them it is outside. Otherwise `undecided`, or `untested` where no other solver counts.
+        """
+        return [_ODE[paired.worst(self._within(i))] for i in range(len(self.train))]
+
+    def _within(self, i: int) -> list[str]:
+        """Under each solver that counts."""
+        return [paired.equivalence(self.low[i, j], self.high[i, j], self.tolerance[i]) for j in np.flatnonzero(self.counts[i])]
+
+    @property
+    def wanted(self) -> np.ndarray:
+        """How many examples would decide about each model, if the changes seen are the true ones; 0 where it is decided."""
+        out = np.zeros(len(self.train))
+        for i, verdict in enumerate(self.verdicts):
+            if verdict == UNDECIDED:
+                n, tolerance = self.examples[i], self.tolerance[i]
+                pairs = [j for j in map(int, np.flatnonzero(self.counts[i])) if self.verdict(i, j) == UNDECIDED]
+                out[i] = max(paired.wanted(self.changes[i, j], self.low[i, j], self.high[i, j], tolerance, n) for j in pairs)
+        return out
+
+    @property
+    def valid(self) -> bool | np.ndarray:
+        """Whether the verdict is `an ODE`; an array for several models."""
+        valid = np.array([v == _ODE[WITHIN] for v in self.verdicts])
+        return bool(valid[0]) if len(valid) == 1 else valid
+
+    def __str__(self) -> str:
+        blocks = []
+        for i, solver in enumerate(self.train):
+            lines = [f"Trained with {name(solver)}: metric {self.own[i]:.4g}", ""]
+            lines += ["| under | error | metric | change | |", "|---|---:|---:|---:|---|"]
+            for j, test in enumerate(self.test):
+                if name(test) == name(solver):
+                    continue
+                error = "–" if np.isnan(self.errors[i, j]) else f"{self.errors[i, j]:.1e}"
+                change = Change(self.changes[i, j], self.low[i, j], self.high[i, j])
+                says = self.verdict(i, j) if self.counts[i, j] else "coarser, not counted"
+                lines.append(f"| {name(test)} | {error} | {self.table[i, j]:.4g} | {change} | {says} |")
+            blocks.append("\n".join([*lines, "", self._conclusion(i)]))
+        return "\n\n".join(blocks)
+
+    def _conclusion(self, i: int) -> str:
+        n, verdict = int(self.examples[i]), self.verdicts[i]
+        basis = f"{n:,} examples, {self.confidence:.0%} intervals" if n else "one number, so no interval"
+        more = f"; about {_shown(self.wanted[i])} examples would decide" if verdict == UNDECIDED else ""
+        return f"Verdict: {verdict} ({basis}, a change of up to {self.tolerance[i]:.3g} is none{more})."
+
+    def plot(self, ax: Any = None) -> Any:
+        """A heat map of the mean metric on matplotlib axes, which are returned; solvers that do not count are hatched."""
+        import matplotlib.pyplot as plt
+        from matplotlib.patches import Rectangle
+
+        ax = ax if ax is not None else plt.figure(layout="constrained").add_subplot()
+        low, high = np.nanmin(self.table), np.nanmax(self.table)
+        image = ax.imshow(self.table, cmap="viridis", vmin=low, vmax=high, aspect="auto")
+        for (i, j), v in np.ndenumerate(self.table):
+            ax.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize=7, color="white" if v < (low + high) / 2 else "#22303c")
+            if not self.counts[i, j]:
+                patch = Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="///", edgecolor="white", lw=0, alpha=0.35)
+                ax.add_patch(patch)
+        ax.set_xticks(range(len(self.test)), [name(s) for s in self.test], rotation=60, ha="right")
+        ax.set_yticks(range(len(self.train)), [f"{name(s)}: {v}" for s, v in zip(self.train, self.verdicts, strict=True)])
+        ax.set(xlabel="tested with (hatched: coarser, not counted)", ylabel="trained with")
+        ax.figure.colorbar(image, ax=ax)
+        return ax
+
+
+def swap(
+    metric: Callable | Mapping[Any, Callable],
+    solvers: Sequence[Any],
+    *,
+    tolerance: float = 0.02,
+    spread: float | None = None,
+    confidence: float = 0.95,
+    outputs: Callable | Mapping[Any, Callable] | None = None,
+    reference: Any = REFERENCE,
+    counts: Callable[[Any, Any], bool] | None = None,
+) -> Swap:
+    """Evaluate a model, or several, under other solvers than it was trained with, and say whether it is an ODE.
+
+    The verdict is an equivalence test of the change of the mean metric, which has three outcomes: see `Swap.verdicts`. Wrong
+    ones have a probability of at most 1 - confidence per model. Multiplying the metric by a constant changes no verdict.
+
+    Args:
+        metric: metric(solver) -> one number per example (right or wrong, a loss, a log-likelihood), or one number for all, which
+            has no interval. Or a mapping from training solvers to the metrics of the models trained with them, for several models.
+        solvers: what to test with. The first is the one the model was trained with, unless metric is a mapping.
+        tolerance: the change of the mean that is none, as a fraction of the spread of the metric: 0.02 is two points of accuracy.
+            Ott et al. allow 0.1.
+        spread: what the metric ranges over: 1 for an accuracy given as one number. By default, under the training solver, the
+            distance of the two values of a metric that has two; the standard deviation over the examples of one that has more; the
+            size of a single number.
+        confidence: that of all intervals of one model together (Bonferroni).
+        outputs: outputs(solver) -> the model's outputs, see `measured_errors`, or a mapping like metric. With it the errors of
+            the solvers are measured, and a solver counts if its error is no larger than that of the training solver. Without it
+            nominal errors decide: see `error_scale`.
+        reference: the solver taken for exact when errors are measured.
+        counts: counts(test, train) -> whether a test solver counts against a model trained with `train`, instead of the above.
+
+    Raises:
+        ValueError: for a metric that is neither one number nor a vector, and where the reference fails.
+
+    A jitted metric is compiled once for each method: step counts and tolerances of solvers are data.
+    """
+    solvers = [_plain(s) for s in solvers]
+    rows = {_plain(s): m for s, m in metric.items()} if isinstance(metric, Mapping) else dict.fromkeys(solvers[:1], metric)
+    if not solvers or not rows:
+        raise ValueError("swap: there must be at least one model and one solver")
+    given = {_plain(s): o for s, o in outputs.items()} if isinstance(outputs, Mapping) else dict.fromkeys(rows, outputs)
+    results = [_against(s, m, given[s], solvers, tolerance, spread, confidence, reference, counts) for s, m in rows.items()]
+    own, table, low, high, mask, errors, bounds, examples = (np.array(column) for column in zip(*results, strict=True))
+    return Swap(tuple(rows), tuple(solvers), table, own, low, high, mask, errors, bounds, examples, confidence)
+
+
+def _against(train: Any, metric: Callable, outputs: Any, solvers: list, *options: Any) -> tuple:
+    """One row of the table: own mean, means, ends of intervals, what counts, errors, tolerance, number of examples."""
+    tolerance, spread, confidence, reference, counts = options
+    own = _numbers(metric(train))
+    values = [own if s == train else _numbers(metric(s)) for s in solvers]
+    errors = np.full(len(solvers), np.nan)
+    if outputs is not None:
+        mine, *errors = measured_errors(outputs, [train, *solvers], reference)
+    if counts is not None:
+        mask = [bool(counts(s, train)) for s in solvers]
+    elif outputs is not None:
+        mask = [e <= max(mine * (1 + 1e-6), 10 * error_scale(reference)) for e in errors]
+    else:
+        mask = [at_least_as_fine(s, train) for s in solvers]
+    mask = [m and name(s) != name(train) for m, s in zip(mask, solvers, strict=True)]
+    level = 1 - (1 - confidence) / max(1, sum(mask))
+    changes = [paired.change(own, v, level) for v in values]
+    return (
+        np.mean(own),
+        [np.mean(v) for v in values],
+        [c.low for c in changes],
+        [c.high for c in changes],
+        mask,
+        errors,
+        tolerance * (_metric_spread(own, values) if spread is None else spread),
+        own.size if own.ndim else 0,
+    )
+
+
+def _metric_spread(own: np.ndarray, values: list[np.ndarray]) -> float:
+    """The scale of a metric that nobody gave."""
+    if own.ndim == 0:
+        return abs(float(own))
+    two = paired.two_values(own, *(v for v in values if np.isfinite(v).all()))
+    return (two[1] - two[0]) if two else float(np.std(own)) or abs(float(np.mean(own)))
+
+
+def _numbers(value: Any) -> np.ndarray:
+    value = np.asarray(value, np.float64)
+    if value.ndim > 1:
+        raise ValueError(f"metric must return one number, or a vector of one per example; got shape {value.shape}")
+    return value[0] if value.shape == (1,) else value
+
+
+# By how much do the outputs move?
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a model's outputs move under each test solver, relative to their spread over examples.
+
+    `moved` (solvers, examples) are the movements ‖o - o_train‖ / spread; `flips` the fractions of examples whose label changes
+    (NaN without labels). `ends` and `flip_ends` (solvers, 2) are confidence intervals of the mean movement and of the flips,
+    `errors` the measured errors of the solvers, the training solver's first, and `counts` says which solvers count.
+    """
+
+    train: Any
+    test: tuple
+    moved: np.ndarray
+    ends: np.ndarray
+    flips: np.ndarray
+    flip_ends: np.ndarray
+    errors: np.ndarray
+    counts: np.ndarray
+    tolerance: float
+    confidence: float
+
+    def verdict(self, j: int) -> str:
+        """`agrees` if mean movement and flips under solver j are within the tolerance, `differs` if one is outside."""
+        says = [paired.equivalence(self.ends[j, 0], self.ends[j, 1], self.tolerance)]
+        if np.isfinite(self.flips[j]):
+            says.append(paired.equivalence(self.flip_ends[j, 0], self.flip_ends[j, 1], self.tolerance))
+        return _AGREES[paired.worst(says)]
+
+    @property
+    def verdicts(self) -> list[str]:
+        """Under each solver; `untested` for one that does not count."""
+        return [self.verdict(j) if c else UNTESTED for j, c in enumerate(self.counts)]
+
+    @property
+    def overall(self) -> str:
+        """`agrees` if the outputs do under every solver that counts, `differs` if they do not under one of them."""
+        return next((v for v in (_AGREES[OUTSIDE], UNDECIDED, _AGREES[WITHIN]) if v in self.verdicts), UNTESTED)
+
+    @property
+    def valid(self) -> bool:
+        """Whether the outputs agree under every solver that counts, and there is one."""
+        return self.overall == _AGREES[WITHIN]
+
+    def __str__(self) -> str:
+        own = f"Trained with {name(self.train)}, error {self.errors[0]:.1e}. Movements are relative to the spread over examples."
+        lines = [
+            own,
+            "",
+            "| under | error | mean movement | 95 % below | largest | labels flipped | |",
+            "|---|" + "---:|" * 5 + "---|",
+        ]
+        for j, test in enumerate(self.test):
+            moved = Change(float(np.mean(self.moved[j])), self.ends[j, 0], self.ends[j, 1])
+            flips = "–" if np.isnan(self.flips[j]) else str(Change(self.flips[j], self.flip_ends[j, 0], self.flip_ends[j, 1]))
+            tail = f"{np.quantile(self.moved[j], 0.95):.2g} | {np.max(self.moved[j]):.2g}"
+            says = self.verdicts[j] if self.counts[j] else "coarser, not counted"
+            lines.append(f"| {name(test)} | {self.errors[j + 1]:.1e} | {moved} | {tail} | {flips} | {says} |")
+        basis = f"{self.moved.shape[1]:,} examples, {self.confidence:.0%} intervals, up to {self.tolerance:g} is none"
+        return "\n".join([*lines, "", f"Verdict: {self.overall} ({basis})."])
+
+
+def agreement(
+    outputs: Callable[[Any], Any],
+    solvers: Sequence[Any],
+    *,
+    labels: Callable[[Any], Any] | None = None,
+    tolerance: float = 0.02,
+    confidence: float = 0.95,
+    reference: Any = REFERENCE,
+) -> Agreement:
+    """How far a model's outputs move under finer solvers: no metric is needed, and none can hide it.
+
+    A metric may stay while every output moves: an accuracy where errors move points along the decision boundary, or as many to
+    the right side as to the wrong one. Movements are ‖o_i - o_i,train‖ / √(mean ‖o_i - ō‖²), one per example.
+
+    Args:
+        outputs: outputs(solver) -> a pytree whose arrays lead with the examples: end states, scores, densities.
+        solvers: the training solver, then those to test with. One counts if its measured error is no larger.
+        labels: labels(outputs) -> the class of each example, such as `lambda scores: jnp.argmax(scores, -1)`.
+        tolerance: the mean movement, and the fraction of labels that flip, that are none.
+        confidence: that of all intervals together (Bonferroni): t intervals of movements, Wilson's of flips.
+        reference: the solver taken for exact when errors are measured.
+    """
+    train, *tests = [_plain(s) for s in solvers]
+    mine = outputs(train)
+    own, others = _table(mine), [outputs(s) for s in tests]
+    spread = _spread(own)
+    moved = np.array([_distance(_table(o), own) / spread for o in others]).reshape(len(tests), len(own))
+    moved = np.where(np.isfinite(moved), moved, np.inf)
+    errors = measured_errors(outputs, [train, *tests], reference)
+    counts = np.array([e <= max(errors[0] * (1 + 1e-6), 10 * error_scale(reference)) for e in errors[1:]], bool)
+    counts &= np.array([name(s) != name(train) for s in tests], bool)
+    level = 1 - (1 - confidence) / max(1, (1 if labels is None else 2) * int(counts.sum()))
+    ends = np.array([paired.mean_interval(m, level) if np.isfinite(m).all() else (np.inf, np.inf) for m in moved])
+    flips, flip_ends = np.full(len(tests), np.nan), np.full((len(tests), 2), np.nan)
+    if labels is not None:
+        before = np.asarray(labels(mine))
+        for j, o in enumerate(others):
+            n = int(np.sum(np.asarray(labels(o)) != before))
+            flips[j], flip_ends[j] = n / before.size, paired.wilson(n, before.size, level)
+    return Agreement(train, tuple(tests), moved, ends.reshape(-1, 2), flips, flip_ends, errors, counts, tolerance, confidence)
+
+
+def _table(outputs: Any) -> np.ndarray:
+    """Outputs as one row of real numbers per example."""
+    leaves = [np.asarray(x) for x in jax.tree.leaves(outputs)]
+    if not leaves or any(x.ndim == 0 or len(x) != len(leaves[0]) for x in leaves):
+        raise ValueError(f"outputs must lead with the examples, got shapes {[x.shape for x in leaves]}")
+    rows = [x.reshape(len(x), -1) for x in leaves]
+    parts = [part for x in rows for part in ((np.real(x), np.imag(x)) if np.iscomplexobj(x) else (x,))]
+    return np.concatenate([np.asarray(x, np.float64) for x in parts], axis=1)
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(a - b, axis=1)
+
+
+def _spread(rows: np.ndarray) -> float:
+    """√(mean ‖o - ō‖²) over examples; the size of the outputs where all are alike."""
+    spread = np.sqrt(np.mean(_distance(rows, rows.mean(axis=0)) ** 2))
+    return float(spread or np.sqrt(np.mean(np.sum(rows**2, axis=1))) or 1.0)
+
+
+def _shown(n: float) -> str:
+    return f"{int(float(f'{n:.2g}')):,}" if np.isfinite(n) else "infinitely many"
+
+
+def _plain(solver: Any) -> Any:
+    """The solver with Python's numbers for arrays, as a step that adapts has them."""
+    if isinstance(solver, Fixed):
+        return replace(solver, steps=int(solver.steps))
+    if isinstance(solver, Adaptive):
+        return replace(solver, rtol=float(solver.rtol), atol=float(solver.atol))
+    return solver
+
+
+def name(solver: Any) -> str:
+    """A short name, such as `euler 8` or `dopri5 0.001`."""
+    method = repr(solver.method).removeprefix("jode.")
+    if isinstance(solver, Fixed):
+        return f"{method} {solver.steps}"
+    return f"{method} {error_scale(solver):.3g}" if isinstance(solver, Adaptive) else repr(solver)
