@@ -72,21 +72,21 @@ def main():
 
 
 def figure(rows, start, block, out):
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
-    fig, (a, b, c) = plt.subplots(1, 3, figsize=(13, 3.9), constrained_layout=True)
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
+    fig, (a, b, c) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     depths, before, tuned, free, stored = rows.T
     place = partial(np.linspace, 0, 1)
     a.axhline(start, color="#8a8f98", lw=1, label=f"{TIED} tied layers")
     a.plot(depths, before, "o--", color="#2d6ca2", label="untied")
     a.plot(depths, tuned, "o-", color="#c6553b", label="fine-tuned, memory-free")
-    a.set(title="Test accuracy, %", xlabel="layers", xscale="log")
+    a.set(title="Accuracy", xlabel="layers", ylabel="test digits right, %", xscale="log")
     b.plot(depths, stored, "o-", color="#2d6ca2", label="every state stored")
     b.plot(depths, free, "o-", color="#c6553b", label="memory-free")
-    b.set(title="Temporaries of the gradient, MiB", xlabel="layers", xscale="log", yscale="log")
+    b.set(title="Memory of the gradient", xlabel="layers", ylabel="temporaries, MiB", xscale="log", yscale="log")
     b.set_yticks([1, 3, 10, 30], ["1", "3", "10", "30"])
     entries = np.asarray(block["conv1"]["weight"])
-    c.plot(place(len(entries)), (entries - entries.mean(0)).reshape(len(entries), -1)[:, :40], lw=1)
-    c.set(title="What 40 weights became, by depth (from equal)", xlabel="depth n / N")
+    c.plot(place(len(entries)), (entries - entries.mean(0)).reshape(len(entries), -1)[:, :40], lw=1, color="#2d6ca2", alpha=0.6)
+    c.set(title=f"40 weights of {len(entries)} layers, equal at first", xlabel="depth n / N", ylabel="weight - its mean over depth")
     for ax in (a, b):
         ax.set_xticks(depths, [f"{d:.0f}" for d in depths])
         ax.minorticks_off()

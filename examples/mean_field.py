@@ -1,9 +1,10 @@
-"""Wide and deep residual networks reach zero loss: the mean-field scaling of Ding, Chen, Li & Wright 2021.
+"""With depth and width the loss of residual networks falls: the mean-field scaling of Ding, Chen, Li & Wright 2021.
 
-    python examples/mean_field.py          # a minute and a half
+    python examples/mean_field.py          # a minute and a half on two CPU cores
 
 Each layer is a mean over M neurons, x ← x + (1 / L) (1 / M) Σ_m u_m tanh(a_m · x + b_m), so that L → ∞ and M → ∞ make an ODE driven
-by a density of neurons at each depth. Gradient descent with rate ∝ L M is a flow of that density. Saves mean_field.png.
+by a density of neurons at each depth. Gradient descent with rate ∝ L M is a flow of that density. In this limit the loss goes to
+zero with time. Here 3,000 steps take it from 0.2 to 2e-4, and it still falls. Saves mean_field.png.
 """
 
 import argparse
@@ -66,20 +67,20 @@ def main():
             table[i, j] = jnp.mean(runs[:, -1])
             curves[depth, width] = jnp.mean(runs, axis=0)
         print(f"| {depth} | " + " | ".join(f"{v:.1e}" for v in table[i]) + " |")
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    fig, (a, b) = plt.subplots(1, 2, figsize=(11, 4.4), constrained_layout=True)
-    image = a.imshow(np.log10(table), origin="lower", cmap="viridis_r", aspect="auto")
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
+    fig, (a, b) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    image = a.imshow(table, origin="lower", cmap="Blues", norm="log", aspect="auto")
     for i, j in np.ndindex(*table.shape):
-        pale = np.log10(table[i, j]) > np.log10(table).mean()
-        a.text(j, i, f"{table[i, j]:.1e}", ha="center", va="center", fontsize=7, color="white" if pale else "#22303c")
+        dark = image.norm(table[i, j]) > 0.6
+        a.text(j, i, f"{table[i, j]:.1e}", ha="center", va="center", fontsize=8, color="white" if dark else "#22303c")
     a.set_xticks(range(len(WIDTHS)), WIDTHS)
     a.set_yticks(range(len(DEPTHS)), DEPTHS)
-    a.set(title=f"Loss after {STEPS:,} steps", xlabel="width M", ylabel="depth L")
-    fig.colorbar(image, ax=a, label="log10 loss")
+    a.set(title=f"Loss after {STEPS:,} steps", xlabel="neurons per layer, M", ylabel="layers, L")
+    fig.colorbar(image, ax=a)
     for k, n in enumerate(DEPTHS):
-        b.loglog(np.arange(1, STEPS + 1), curves[n, n], color=plt.get_cmap("viridis_r")(k / 5), label=f"L = M = {n}")
-    b.set(title="Loss on the way, along the diagonal", xlabel="step of gradient descent")
-    b.legend(frameon=False)
+        b.loglog(np.arange(1, STEPS + 1), curves[n, n], color=plt.get_cmap("Blues")(0.3 + 0.14 * k), label=f"L = M = {n}")
+    b.set(title="Loss while training", xlabel="step of gradient descent", ylabel="mean square error / 2")
+    b.legend(loc="lower left")
     fig.savefig(args.out, dpi=160)
     print(f"\nfigure: {args.out}")
 

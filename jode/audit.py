@@ -21,8 +21,8 @@ from jode.tree import is_inexact
 class Row:
     """One adjoint's gradient against the exact one.
 
-    `cosine` and `error` (‖g - g*‖² / ‖g*‖²) are by leaf, under the leaf's path; memory is XLA's count of temporaries in bytes, time
-    in seconds, NFE those of all rows together, `compile` the seconds of tracing and compiling.
+    `cosine` and `error`, `‖g - g*‖² / ‖g*‖²`, are by leaf, under the leaf's path; memory is XLA's count of temporaries in bytes,
+    time in seconds, NFE those of all rows together, `compile` the seconds of tracing and compiling.
     """
 
     adjoint: Any
@@ -37,7 +37,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Audit:
-    """A table with a row an adjoint; `str` makes it text."""
+    """A table with one row per adjoint; `str` makes it text."""
 
     rows: tuple[Row, ...]
 

@@ -131,7 +131,7 @@ def cifar10(path: str | Path) -> tuple[Images, Images]:
     """CIFAR-10 as (train, test), from a folder or a .tar, .tar.gz or .tar.xz of it; raises `DataError` naming a bad file.
 
     It holds either the standard binary batches, data_batch_1.bin … data_batch_5.bin and test_batch.bin (10,000 records of 3,073
-    bytes: the label and three 32x32 planes), or a copy as images, train/<class>/*.jpg (or .png) and test/<class>/*; these
+    bytes: the label and three 32x32 planes), or a copy as images, `train/<class>/*.jpg` (or .png) and `test/<class>/*`; these
     take Pillow. JPEG is lossy: say so beside an accuracy.
     """
     path = Path(path)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -46,7 +48,7 @@ class Report:
 
     @property
     def step_time(self) -> float:
-        """Median seconds a training step."""
+        """Median seconds per training step."""
         return float(np.median(self.seconds))
 
 
@@ -129,11 +131,14 @@ def fit(
         return optax.apply_updates(weights, updates), state
 
     errors = evaluator(model)
+    columns, lines = shutil.get_terminal_size()  # 80 x 24 where the terminal does not say; tqdm alone would then print nothing
     bar = tqdm(
-        batches(train, batch, epochs, seed),
+        islice(batches(train, batch, epochs, seed), steps),
         total=steps,
         desc=f"{model.name:>14}",
-        ncols=100,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+        ncols=min(columns, 100),
+        nrows=lines,
         mininterval=0.2 if sys.stderr.isatty() else 30,
     )
     for step, (images, labels) in enumerate(bar, 1):
@@ -146,9 +151,6 @@ def fit(
         bar.set_postfix(loss=f"{metrics.loss:.3f}", acc=f"{metrics.accuracy:.3f}", nfe=f"{metrics.nfe:.0f}", refresh=False)
         if step % per_epoch == 0 or step == steps:
             report.errors.append((step, errors(weights, test)))
-        if step == steps:
-            break
-    bar.close()
     return weights, report
 
 
