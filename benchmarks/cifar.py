@@ -49,11 +49,11 @@ def main():
                 flush=True,
             )
     w, n = carry[0], steps[-1]
-    accuracy = jax.jit(lambda w, x, y, solver: jnp.sum(jnp.argmax(logits(w, x, solver), 1) == y))
+    right = jax.jit(lambda w, x, y, solver: jnp.argmax(logits(w, x, solver), 1) == y)
 
     def metric(solver):
         parts = range(0, len(test[1]), 500)
-        return sum(float(accuracy(w, test[0][k : k + 500], test[1][k : k + 500], solver)) for k in parts) / len(test[1])
+        return np.concatenate([right(w, test[0][k : k + 500], test[1][k : k + 500], solver) for k in parts])
 
     table = swap(
         metric, [jode.Fixed(jode.euler, n), jode.Fixed(jode.euler, 4 * n), jode.Fixed(jode.midpoint, n), jode.Fixed(jode.rk4, n)]
@@ -64,13 +64,13 @@ def main():
         f"{100 * table.own[0]:.1f}",
         f"{2 * np.mean(steps):.1f}",
         f"{100 * table.drops[0]:.1f}",
-        "yes" if table.valid else "no",
+        table.verdicts[0],
     ]
     rows = [
         [scale, "StepAdaptation, 1 seed", *found],
         ["32x32 pixels, 128 channels, 7,800 iterations of 256", "Ott et al. 2021, 5 seeds", "55.0 ± 0.8", "21.9", "–", "–"],
     ]
-    columns = ["problem", "solver", "test accuracy %", "NFE forward and backward", "largest change %", "an ODE"]
+    columns = ["problem", "solver", "test accuracy %", "NFE forward and backward", "largest change %", "verdict at two points"]
     report("cifar" if args.full else "cifar_small", "CIFAR-10, Euler, float32", columns, rows)
     draw(steps, accuracies, "cifar" if args.full else "cifar_small")
 

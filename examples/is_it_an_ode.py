@@ -1,6 +1,6 @@
 """Is it an ODE? A model trained with coarse steps, and one trained with steps that adapt (Ott, Katiyar, Hennig & Tiemann 2021).
 
-    python examples/is_it_an_ode.py        # two minutes
+    python examples/is_it_an_ode.py        # two minutes on two CPU cores
 
 Points on concentric circles are classified by a flow of the plane and one linear layer. A flow cannot separate them without
 stretching them far; four Euler steps can, by jumping. Swapping the solver tells the two apart. Saves is_it_an_ode.png.
@@ -24,8 +24,8 @@ OPTIMIZER, BATCH, COLORS = optax.adam(1e-4), 128, ("#2d6ca2", "#c6553b")
 
 
 @jax.jit
-def accuracy(w, x, y, solver):
-    return jnp.mean(jnp.argmax(planar.logits(w, x, solver), 1) == y)
+def right(w, x, y, solver):
+    return jnp.argmax(planar.logits(w, x, solver), 1) == y
 
 
 @partial(jax.jit, static_argnums=(0, 4))
@@ -39,19 +39,33 @@ def training(adapt, h, x, y, iterations):
 
 
 def panel(ax, w, x, y, solver, title):
-    """Where the flow takes points, by class, and the line that the last layer draws."""
-    blocks = {k: v for k, v in planar.prepared(w).items() if k != "head"}
+    """Where the flow takes points, by class."""
     n = solver.steps
-    march = jax.vmap(
-        lambda p: jode.odeint(planar.vector_field, p, jnp.linspace(0, 1, n + 1), blocks, solver=jode.Fixed(solver.method, 1))
-    )
+    ts, blocks = jnp.linspace(0, 1, n + 1), planar.prepared(w)
+    march = jax.vmap(lambda p: jode.odeint(planar.vector_field, p, ts, blocks, solver=jode.Fixed(solver.method, 1)))
     paths = march(x)
     for path, label in zip(np.asarray(paths[:40]), y[:40], strict=True):
-        ax.plot(*path.T, "-o" if solver.steps < 10 else "-", color=COLORS[label], lw=0.7, ms=3, alpha=0.6)
-    ax.scatter(*paths[:, -1].T, c=np.array(COLORS)[y], s=6, zorder=3)
-    ax.set(xscale="symlog", yscale="symlog")  # the flow stretches the plane a hundredfold
+        ax.plot(*path.T, "-o" if n < 10 else "-", color=COLORS[label], lw=0.7, ms=3, alpha=0.6)
+    for label, ring in enumerate(("inner and outer circle", "middle circle")):
+        ax.scatter(*paths[y == label, -1].T, color=COLORS[label], s=6, zorder=3, label=f"{ring}, at the end")
+    ax.set(xscale="symlog", yscale="symlog", xlabel="$x_1$", ylabel="$x_2$")  # the flow stretches the plane a hundredfold
     crossed = int(jnp.sum(crossings(paths[:40])) // 2)
-    ax.set_title(f"{title}\n{100 * accuracy(w, x, y, solver):.0f} % right, {crossed} of 780 pairs of paths cross")
+    accuracy = 100 * np.mean(right(w, x, y, solver))
+    ax.set_title(f"{title}\n{accuracy:.1f} % right, {crossed} of 780 pairs of paths cross")
+
+
+def changes(ax, table, title):
+    """The change of accuracy under each finer solver, with its interval."""
+    rows = [j for j in range(len(table.test)) if table.counts[0, j]]
+    mean, low, high = (100 * x[0, rows] for x in (table.changes, table.low, table.high))
+    ax.axvspan(
+        -100 * table.tolerance[0], 100 * table.tolerance[0], color="#8a8f98", alpha=0.25, lw=0, label="no change: two points"
+    )
+    ax.errorbar(mean, range(len(rows)), xerr=(mean - low, high - mean), fmt="o", color="#22303c", capsize=4, label="95 % interval")
+    ax.set_yticks(range(len(rows)), [f"{repr(table.test[j].method)[5:]} {table.test[j].steps}" for j in rows])
+    ax.set(
+        title=title, xlabel="change of accuracy, points", ylabel="under this solver", xlim=(-60, 5), ylim=(len(rows) - 0.5, -0.5)
+    )
 
 
 def main():
@@ -60,21 +74,28 @@ def main():
     p.add_argument("--out", default="is_it_an_ode.png")
     args = p.parse_args()
     x, y = data.spheres(jax.random.key(2), 2000)
-    test = data.spheres(jax.random.key(3), 1000)
-    h = first_step(planar.vector_field, x[:BATCH], planar.prepared(planar.init(jax.random.key(0))))
+    test = data.spheres(jax.random.key(3), 4000)
+    first = first_step(planar.vector_field, x[:BATCH], planar.prepared(planar.init(jax.random.key(0))))
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    fig, axes = plt.subplots(2, 3, figsize=(13, 8), constrained_layout=True)
-    runs = {"four steps": (StepAdaptation(every=args.iterations + 1), 1 / 4), "adapted": (StepAdaptation(), h)}
-    for row, (name, (adapt, h)) in zip(axes, runs.items(), strict=True):
+    fig, axes = plt.subplots(2, 3, figsize=(14, 8), constrained_layout=True)
+    never, ending = StepAdaptation(every=args.iterations + 1), StepAdaptation(iterations=args.iterations)
+    for row, (name, adapt, h) in zip(axes, [("four steps", never, 1 / 4), ("adapted", ending, first)], strict=True):
         w, steps = training(adapt, h, x, y, args.iterations)
         n = int(steps[-1])
-        tests = [jode.Fixed(jode.euler, n), jode.Fixed(jode.euler, 2 * n), jode.Fixed(jode.midpoint, n), jode.Fixed(jode.rk4, n)]
-        table = swap(partial(accuracy, w, *test), tests)
+        tests = [(jode.euler, n), (jode.euler, 2 * n), (jode.euler, 8 * n), (jode.midpoint, n), (jode.rk4, n)]
+        table = swap(
+            partial(right, w, *test),
+            [jode.Fixed(method, k) for method, k in tests],
+            outputs=partial(planar.ends, w, test[0][:500]),
+            reference=jode.Fixed(jode.rk4, 1024),
+        )
         print(f"{name}:\n\n{table}\n")
-        panel(row[0], w, *test, tests[0], f"Trained with {n} Euler steps: under them,")
-        panel(row[1], w, *test, jode.Fixed(jode.rk4, max(n, 32)), "and under RK4:")
-        row[2].plot(steps, color="#22303c", lw=1.2)
-        row[2].set(title="Euler steps while training", xlabel="iteration", ylim=(0, None))
+        some = test[0][:1000], test[1][:1000]
+        panel(row[0], w, *some, table.train[0], f"Trained with {n} Euler steps: under them,")
+        panel(row[1], w, *some, jode.Fixed(jode.rk4, max(n, 32)), f"and under RK4 with {max(n, 32)}:")
+        changes(row[2], table, f"Verdict: {table.verdicts[0]}")
+    axes[0, 0].legend(frameon=False, fontsize=8, loc="upper right")
+    axes[0, 2].legend(frameon=False, fontsize=8, loc="upper left")
     fig.savefig(args.out, dpi=160)
     print(f"figure: {args.out}")
 

@@ -28,7 +28,8 @@ class Stats(NamedTuple):
     """What a solve cost, as int32 arrays, one number per trajectory.
 
     `nfe` counts evaluations of the vector field; `steps` = `accepted` + `rejected`. `nfe_backward` counts the evaluations
-    that a gradient by the chosen adjoint takes besides (each is differentiated too): zero where it is not known.
+    that a gradient by the chosen adjoint takes besides: one per stage, each differentiated too, or two per stage for states of
+    at most 32 components, of which one is differentiated; zero where it is not known (`Backsolve`).
     """
 
     nfe: Array

@@ -154,22 +154,24 @@ def fit(
     return weights, report
 
 
-def evaluator(model: Classifier, batch: int = 250) -> Callable[[Any, Images], float]:
-    """A function (weights, data) -> fraction of images misclassified, jitted once for one batch size."""
+def scorer(model: Classifier, batch: int = 250) -> Callable[[Any, np.ndarray], np.ndarray]:
+    """A function (weights, images) -> class scores (n, classes), jitted once for one batch size."""
+    apply = jax.jit(lambda weights, images: jax.vmap(model.apply, (None, 0))(weights, images)[0])
 
-    @jax.jit
-    def wrong(weights: Any, images: Array, labels: Array) -> Array:
-        logits, _ = jax.vmap(model.apply, (None, 0))(weights, images)
-        return jnp.argmax(logits, -1) != labels
-
-    def error(weights: Any, data: Images) -> float:
-        n, missed = len(data.labels), 0
+    def scores(weights: Any, images: np.ndarray) -> np.ndarray:
+        n, parts = len(images), []
         for start in range(0, n, batch):
             index = np.arange(start, start + batch) % n
-            missed += int(jnp.sum(wrong(weights, data.images[index], data.labels[index])[: min(batch, n - start)]))
-        return missed / n
+            parts.append(np.asarray(apply(weights, images[index]))[: min(batch, n - start)])
+        return np.concatenate(parts)
 
-    return error
+    return scores
+
+
+def evaluator(model: Classifier, batch: int = 250) -> Callable[[Any, Images], float]:
+    """A function (weights, data) -> fraction of images misclassified."""
+    scores = scorer(model, batch)
+    return lambda weights, data: float(np.mean(np.argmax(scores(weights, data.images), 1) != data.labels))
 
 
 def table(reports: list[Report]) -> str:

@@ -44,7 +44,7 @@ CLAIMS = {
     ),
     "docs/adjoints.md": lambda _, out: "MemoryFree()" in out,
     "docs/depth.md": lambda s, _: s["batch"].shape == (32, 4),
-    "docs/validity.md": lambda s, out: "verdict" in out and int(s["steps"]) >= 1,
+    "docs/validity.md": lambda s, out: "Verdict: " in out and "differs" in out and int(s["steps"]) >= 1,
     "docs/reference/methods.md": lambda s, _: s["kutta3"].order == 3,
 }
 

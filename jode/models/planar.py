@@ -41,7 +41,12 @@ def prepared(w: Weights) -> Weights:
     return {"in": w["in"], "mid": {**w["mid"], "weight": jnp.block([[here, before], [after, here]])}, "out": w["out"]}
 
 
+def ends(w: Weights, x: Array, solver: Any, adjoint: Any = jode.Backprop(None)) -> Array:
+    """Where the flow takes points (B, 2)."""
+    blocks = prepared(w)
+    return jax.vmap(lambda x: jode.odeint(vector_field, x, (0.0, 1.0), blocks, solver=solver, adjoint=adjoint)[-1])(x)
+
+
 def logits(w: Weights, x: Array, solver: Any, adjoint: Any = jode.Backprop(None)) -> Array:
     """Class scores of points (B, 2)."""
-    ends = jax.vmap(lambda x: jode.odeint(vector_field, x, (0.0, 1.0), prepared(w), solver=solver, adjoint=adjoint)[-1])(x)
-    return ends @ w["head"]["weight"] + w["head"]["bias"][None]
+    return ends(w, x, solver, adjoint) @ w["head"]["weight"] + w["head"]["bias"][None]
