@@ -203,7 +203,8 @@ class RungeKutta(Method):
                 xbar, total = carry
                 i = upto - 1 - n
                 kappa = combine_stacked(h, back[i], xbar)
-                kappa = kappa if kbar is None else add(kappa, take(kbar, i))
+                if kbar is not None:
+                    kappa = tuple(k + x.astype(k.dtype) for k, x in zip(kappa, take(kbar, i), strict=True))
                 _, pull_back = jax.vjp(lambda y, z: G(nodes[i], y, z), place(i), z)
                 bar, zbar = pull_back(tuple(k.astype(x.dtype) for k, x in zip(kappa, s, strict=True)))
                 return put(xbar, i, bar), add(total, zbar)
