@@ -153,7 +153,10 @@ def _check_callables(f: Any, y0: Any, solver: Any, adjoint: Any) -> None:
         what = " (y0 comes second: solve(f, y0, ts, args))" if callable(y0) else ""
         raise TypeError(f"f must be a function f(t, y, args), got {type(f).__name__}{what}")
     if not isinstance(solver, (Fixed, Adaptive, Layers)):
-        hint = f"; for fixed steps of this method write Fixed({solver!r}, steps)" if isinstance(solver, Method) else ""
+        hint = ""
+        if isinstance(solver, Method):
+            adaptive = f"Adaptive({solver!r}) for steps chosen by their error, " if solver.embedded_order is not None else ""
+            hint = f": write {adaptive}Fixed({solver!r}, steps) for equal steps, or Layers({solver!r}) for a network"
         raise TypeError(f"solver must be jode.Fixed, jode.Adaptive or jode.Layers, got {solver!r}{hint}")
     if isinstance(solver, Layers) and solver.degree not in (0, 1):
         raise ValueError(f"Layers: degree must be 0 (one slice a step) or 1 (slices at the nodes), got {solver.degree!r}")

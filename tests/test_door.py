@@ -21,7 +21,12 @@ WRONG = {
     "NaN time": (lambda: jode.solve(f, Y0, (0.0, np.nan)), ValueError, "ts must be finite"),
     "infinite time": (lambda: jode.solve(f, Y0, (0.0, np.inf)), ValueError, "ts must be finite"),
     "complex time": (lambda: jode.solve(f, Y0, (0.0, 1j)), TypeError, "ts must be real"),
-    "a method for a solver": (lambda: jode.solve(f, Y0, TS, solver=jode.rk4), TypeError, r"Fixed\(jode.rk4, steps\)"),
+    "a method for a solver": (lambda: jode.solve(f, Y0, TS, solver=jode.rk4), TypeError, r"write Fixed\(jode.rk4, steps\)"),
+    "an adaptive method for a solver": (
+        lambda: jode.solve(f, Y0, TS, solver=jode.tsit5),
+        TypeError,
+        r"write Adaptive\(jode.tsit5\)",
+    ),
     "no embedded method": (lambda: jode.solve(f, Y0, TS, solver=jode.Adaptive(jode.rk4)), ValueError, "no embedded method"),
     "no steps": (lambda: jode.solve(f, Y0, TS, solver=jode.Fixed(jode.rk4, 0)), ValueError, "at least 1"),
     "steps 2.5": (lambda: jode.solve(f, Y0, TS, solver=jode.Fixed(jode.rk4, 2.5)), TypeError, "steps must be an int"),
