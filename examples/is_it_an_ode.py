@@ -94,8 +94,8 @@ def main():
         panel(row[0], w, *some, table.train[0], f"Trained with {n} Euler steps: under them,")
         panel(row[1], w, *some, jode.Fixed(jode.rk4, max(n, 32)), f"and under RK4 with {max(n, 32)}:")
         changes(row[2], table, f"Verdict: {table.verdicts[0]}")
-    axes[0, 0].legend(frameon=False, fontsize=8, loc="upper right")
-    axes[0, 2].legend(frameon=False, fontsize=8, loc="upper left")
+    entries = [ax.get_legend_handles_labels() for ax in (axes[0, 0], axes[0, 2])]
+    fig.legend(*(a + b for a, b in zip(*entries, strict=True)), loc="outside lower center", ncols=4, frameon=False)
     fig.savefig(args.out, dpi=160)
     print(f"figure: {args.out}")
 
