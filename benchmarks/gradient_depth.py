@@ -71,9 +71,8 @@ def compare(weights, solver, depth, test, size=100):
         a, b = (np.asarray(g[conv]["weight"], np.float64).reshape(depth, -1) for g in (exact, free))
         cosines.append((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1))
         squares.append(((a - b) ** 2).sum(1) / (a**2).sum(1))
-    back = jax.jit(
-        jax.vmap(lambda x: jode.depth.reconstruction_error(residual, weights["block"], features(weights, x), solver=solver))
-    )
+    network = {"method": solver.method, "degree": solver.degree, "span": 1.0}
+    back = jax.jit(jax.vmap(lambda x: jode.depth.reconstruction_error(residual, features(weights, x), weights["block"], **network)))
     return np.concatenate(cosines), np.mean(squares), float(jnp.mean(back(images)))
 
 

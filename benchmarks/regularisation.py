@@ -36,7 +36,7 @@ def main(quick=False):
             )
             inputs = jnp.asarray(test.images[:20]).reshape(20, -1) @ w["stem"]
             block = partial(layer, activation)
-            distance = jax.jit(jax.vmap(lambda x: jode.depth.distance(block, w["layers"], x, substeps=2)))(inputs)
+            distance = jax.jit(jax.vmap(lambda x: jode.depth.distance(block, x, w["layers"], span=1.0, substeps=2)))(inputs)
             right = jnp.argmax(jax.vmap(partial(logits, activation, w))(jnp.asarray(test.images)), -1) == test.labels
             curves[name, depth] = np.asarray(smoothness)
             s = curves[name, depth]

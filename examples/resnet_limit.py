@@ -44,7 +44,7 @@ def measure(n, noise):
     @jax.vmap
     def one(seed):
         w = network(seed, n, noise)
-        return depth.distance(block, w, X), depth.distance_bound(block, w, X).value
+        return depth.distance(block, X, w, span=1.0), depth.distance_bound(block, X, w, span=1.0).value
 
     d, bound = one(jnp.arange(SEEDS))
     return float(jnp.exp(jnp.mean(jnp.log(d)))), float(jnp.exp(jnp.mean(jnp.log(bound)))), bool(jnp.all(d <= bound))
@@ -54,7 +54,7 @@ def paths(n, noise):
     """The second component of a network's layers, and of its ODE."""
     w, fine = network(0, n, noise), jnp.linspace(0, 1, 401)
     layers = jode.odeint(block, X, jnp.linspace(0, 1, n + 1), w, solver=jode.Layers(jode.euler))
-    return layers[:, 1], fine, jode.odeint(depth.field(block), X, fine, w, solver=jode.Fixed(jode.rk4, 4))[:, 1]
+    return layers[:, 1], fine, jode.odeint(depth.field(block, span=1.0), X, fine, w, solver=jode.Fixed(jode.rk4, 4))[:, 1]
 
 
 def main():

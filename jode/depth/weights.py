@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jode.depth.arguments import alike, as_arrays, described, fits, floating, map_arrays, split, steps_of
 from jode.tree import depth_of, is_inexact, magnitude, work_dtype
 
 # A list of blocks, and its stack.
@@ -46,7 +47,7 @@ def unstack(weights: Any) -> list[Any]:
 
 
 def untie(block: Any, n: int) -> Any:
-    """One block as the stacked weights of n equal layers, from then on free to differ."""
+    """n copies of one block, stacked: n layers that start equal and are trained each for itself."""
     return map_arrays(lambda x: jnp.broadcast_to(x, (n, *x.shape)), as_arrays(block))
 
 
@@ -74,13 +75,55 @@ def interpolate(weights: Any, t: Any, degree: int = 1, steps: int | None = None)
     return _at(pieces(weights, degree, steps), n, u - n.astype(u.dtype))
 
 
-def field(f: Callable, *, degree: int = 1, steps: int | None = None, span: float = 1.0) -> Callable:
-    """The vector field F(t, x, weights) = f(t, x, θ(t / span)), which any solver can run from 0 to span: the network as an ODE.
+def field(f: Callable, *, degree: int = 1, steps: int | None = None, span: float | None = None) -> Callable:
+    """The network as an ODE: the vector field F(t, x, weights) = f(t, x, θ(t / span)), for any solver that runs from 0 to span.
 
-    Euler's method with N steps gives the network back. `degree` and `steps` are those of `interpolate`. A gradient by the
-    weights costs memory and time for all N slices at each evaluation; `Layers` does not.
+    Euler's method with N steps gives the network back. A gradient by the weights costs memory and time for all N slices at
+    each evaluation; a gradient through `Layers` does not.
+
+    Args:
+        f: the residual block f(t, x, w) of one example.
+        degree: that of `interpolate`: the piecewise polynomial through the weights.
+        steps: that of `interpolate`: N, or N - 1 for weights at both ends.
+        span: the depth of the last layer, as in `resnet`. None is one unit per layer: span = steps.
+
+    Returns:
+        F, for `Fixed` and `Adaptive`. It wants all slices of the weights at every evaluation. `Layers` hands over one slice
+        per step: give it f itself.
+
+    Raises:
+        TypeError: when F is traced, if the weights it was given are one slice, which f takes and the interpolation does not.
     """
-    return lambda t, x, weights: f(t, x, interpolate(weights, t / span, degree, steps))
+    return _Field(f, degree, steps, span)
+
+
+@dataclass(frozen=True)
+class _Field:
+    """`field` as a value: equal fields compile once."""
+
+    f: Callable
+    degree: int
+    steps: int | None
+    span: float | None
+
+    def __call__(self, t: Array, x: Any, weights: Any) -> Any:
+        try:
+            span = steps_of(as_arrays(weights), self.steps) if self.span is None else self.span
+            slope = self.f(t, x, interpolate(weights, t / span, self.degree, self.steps))
+        except Exception as error:
+            if fits(self.f, t, x, weights):
+                raise _one_layer(weights) from error
+            raise
+        if not alike(slope, x) and fits(self.f, t, x, weights):
+            raise _one_layer(weights)
+        return slope
+
+
+def _one_layer(weights: Any) -> TypeError:
+    return TypeError(
+        f"depth.field: weights must be all layers, stacked, and these are one layer, which f takes as it is: {described(weights)}. "
+        "Under Layers, which hands over one layer per step, give f itself: depth.field is for Fixed and Adaptive"
+    )
 
 
 def refine(weights: Any, factor: float, degree: int = 0, steps: int | None = None) -> Any:
@@ -116,7 +159,7 @@ def expand(coefficients: Any, t: Any, basis: Callable = legendre) -> Any:
 
     Stateful-ODE nets and ContinuousNet (Queiruga et al. 2020, 2021) train the θ_k, and choose the depth afterwards.
     """
-    coefficients = _floating(coefficients, "expand: coefficients")
+    coefficients = floating(coefficients, "expand: coefficients")
     k = depth_of(coefficients, "coefficients")
     phi = basis(jnp.asarray(t, jnp.result_type(float)), k)
     return map_arrays(lambda x: jnp.tensordot(phi.astype(x.dtype), x, 1), coefficients)
@@ -124,7 +167,7 @@ def expand(coefficients: Any, t: Any, basis: Callable = legendre) -> Any:
 
 def project(weights: Any, k: int, basis: Callable = legendre) -> Any:
     """The k coefficients whose `expand` at n / N is nearest to the weights, by least squares; k = N gives them exactly."""
-    weights = _floating(weights, "project: weights")
+    weights = floating(weights, "project: weights")
     n = depth_of(weights, "weights")
     inverse = jnp.linalg.pinv(basis(jnp.asarray(np.arange(n) / n), k))
     return map_arrays(lambda x: jnp.tensordot(inverse.astype(x.dtype), x, 1), weights)
@@ -154,7 +197,7 @@ def sobolev(gradient: Any, mu: float) -> Any:
     It descends as g does (⟨G, g⟩ > 0) and is smooth where g is not (Baravdish et al. 2022). Differences stand for
     derivatives; by cosine waves, O(N log N).
     """
-    gradient = _floating(gradient, "sobolev: gradient")
+    gradient = floating(gradient, "sobolev: gradient")
     n = depth_of(gradient, "gradient")
     eigenvalues = 1 + 4 * mu * n**2 * np.sin(np.pi * np.fft.fftfreq(2 * n)) ** 2
 
@@ -236,63 +279,8 @@ def _squares(weights: Any) -> Array:
 
 
 def root(x: Array) -> Array:
-    """√x, with slope 0 at 0."""
-    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
-
-
-def working(x: Any) -> Any:
-    """The state in the dtype that steps are computed in: small steps in half precision would be rounded away."""
-    return jax.tree.map(lambda x: jnp.asarray(x).astype(work_dtype(jnp.asarray(x).dtype)), x)
-
-
-def _floating(tree: Any, name: str) -> Any:
-    """The tree, refused where an array is not floating."""
-    tree = as_arrays(tree)
-    for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if isinstance(x, jax.Array) and not is_inexact(x):
-            raise TypeError(f"{name}{jax.tree_util.keystr(path)} must be floating, got {x.dtype}")
-    return tree
-
-
-def steps_of(weights: Any, steps: int | None) -> int:
-    n = depth_of(weights, "weights")
-    if steps is None:
-        return n
-    if steps not in (n, n - 1) or steps < 1:
-        raise ValueError(f"steps must be the number of slices, {n}, or {n - 1} for weights at both ends, got {steps}")
-    return steps
-
-
-def map_arrays(leaf: Callable, tree: Any) -> Any:
-    """The tree with its arrays mapped and the rest as it is."""
-    return jax.tree.map(lambda x: leaf(x) if isinstance(x, jax.Array) else x, tree)
-
-
-def split(tree: Any) -> tuple[list[Array], Callable[[list], Any]]:
-    """The arrays of a tree, and the function that puts others in their places."""
-    leaves, treedef = jax.tree.flatten(tree)
-    places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
-
-    def join(arrays: list) -> Any:
-        merged = list(leaves)
-        for i, x in zip(places, arrays, strict=True):
-            merged[i] = x
-        return jax.tree.unflatten(treedef, merged)
-
-    return [leaves[i] for i in places], join
-
-
-def as_arrays(tree: Any) -> Any:
-    """The tree with NumPy arrays and floats as JAX arrays; modules that keep a state are refused."""
-    modules = sys.modules.get("equinox")  # not imported: there are no modules then
-    if modules is not None:
-        index = modules.nn.StateIndex
-        if any(isinstance(x, index) for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, index))):
-            raise TypeError(
-                "weights hold an equinox layer with a state (StateIndex), such as BatchNorm, which a step cannot update: use "
-                "GroupNorm or LayerNorm, or normalise over the batch with the whole batch as x"
-            )
-    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, (np.ndarray, np.generic, float, complex)) else x, tree)
+    """√x, with slope 0 at 0; NaN stays NaN."""
+    return jnp.where(x == 0, 0, jnp.sqrt(jnp.where(x == 0, 1, x)))
 
 
 def _kind(x: Any) -> str:
