@@ -4,9 +4,9 @@
 
 z' = [[α, 1], [-γ ‖z‖^δ, β]] z moves four clouds at the corners of a unit square, opposite corners of one class (XOR). Euler with
 h = 10^-2.5 makes them linearly separable; Euler with h = 10^-3.5 does not, nor does the flow. The field is odd, so the square may
-not lie symmetrically around the origin. The constants come from a search as below with other draws (each finds others): 60,000 random
-draws judged by the corners alone, the best 400 with their clouds, seven rounds of normal steps around the best ten, rounded. The score
-is min(g(coarse), -g(fine), -g(flow)), g the widest gap between the classes, in standard deviations, negative where they overlap.
+not lie symmetrically around the origin. The constants come from a search as below with other draws (each finds others): 60,000
+random draws judged by the corners alone, the best 400 with their clouds, seven rounds of normal steps around the best ten, rounded.
+Its score is min(g(coarse), -g(fine), -g(flow)), g the widest gap between the classes, in standard deviations, negative on overlap.
 """
 
 import argparse
