@@ -24,8 +24,8 @@ from jode.regularize import initial, integrate, jacobian, kinetic, taylor
 BATCH, CHUNK, SOLVER, TEST = 128, 20, jode.Fixed(jode.rk4, 6), jode.Adaptive(jode.dopri5, 1e-5, 1e-5)
 KINDS = {  # the weight of the integrals, and their rates
     "plain": (0.0, lambda f, probe: ()),
-    "RNODE": (0.03, lambda f, probe: (kinetic(f), jacobian(f, probe))),
-    "TayNODE, K = 3": (0.0003, lambda f, probe: (taylor(f, 3),)),
+    "RNODE": (0.02, lambda f, probe: (kinetic(f), jacobian(f, probe))),
+    "TayNODE, K = 3": (0.003, lambda f, probe: (taylor(f, 3),)),
 }
 COLORS = dict(zip(KINDS, ("#22303c", "#2d6ca2", "#c6553b"), strict=True))
 
@@ -93,7 +93,7 @@ def main():
         for path in np.asarray(paths):
             ax.plot(*path.T, color=COLORS[kind], lw=0.7, alpha=0.7)
         ax.scatter(*paths[:, -1].T, s=8, color=COLORS[kind])
-        ax.set_title(f"{kind}: paths, {curve[-1, 2]:.1f} evaluations, -log p {curve[-1, 1]:.3f}")
+        ax.set_title(f"{kind}: paths\n{curve[-1, 2]:.1f} evaluations, -log p {curve[-1, 1]:.3f}")
         print(f"{kind}: {curve[-1, 2]:.1f} evaluations, -log p {curve[-1, 1]:.3f}")
     axes[0].legend(frameon=False)
     fig.savefig(args.out, dpi=140)
