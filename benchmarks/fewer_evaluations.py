@@ -96,7 +96,7 @@ class Moons(eqx.Module):
         flow = self.flow
         if kind == "STEER":
             start = steer(key, (1.0, 0.0), weight)[-1]  # the base's end jitters
-            field = lambda t, x, args: (1 - start) * flow.field(1 + (t - 1) * (1 - start), x)
+            field = lambda t, x, args, f=flow.field: (1 - start) * f(1 + (t - 1) * (1 - start), x)
             flow = CNF(field, flow.base)
         value = -log_likelihood(flow, example[0], solver=TRAIN).log_prob
         if kind in ("plain", "STEER"):
