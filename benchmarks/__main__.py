@@ -24,7 +24,16 @@ NAMES = (
     "gradient_memory",
     "reversible",
 )
-STUDIES = ("gradient_depth", "thousand_layers", "regularisation", "sphere2", "tolerance")  # what networks do; by name, minutes each
+STUDIES = (  # what networks do; by name, minutes each
+    "gradient_depth",
+    "thousand_layers",
+    "regularisation",
+    "sphere2",
+    "tolerance",
+    "density_matching",
+    "flow_matching",
+    "fewer_evaluations",
+)
 
 
 def main(names):

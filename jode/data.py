@@ -193,3 +193,46 @@ def _pictures(path: Path, files: dict[str, Callable[[], bytes]], part: str) -> I
     if len(counts) > 1:
         raise DataError(f"{path}: classes of {part} have {sorted(counts)} images; CIFAR-10 has equally many of each")
     return Images(np.stack(images) / np.float32(255), np.asarray(labels, np.int32))
+
+
+# Densities in the plane.
+
+
+def moons(key: Array, n: int, noise: float = 0.1) -> Array:
+    """Two interleaved half circles of radius 1, (n, 2): around (0, 0) the upper, around (1, 1/2) the lower; normal noise."""
+    a, b, c = jax.random.split(key, 3)
+    angle, lower = jnp.pi * jax.random.uniform(a, (n,)), jax.random.bernoulli(b, 0.5, (n,))
+    x = jnp.where(lower, 1 - jnp.cos(angle), jnp.cos(angle))
+    y = jnp.where(lower, 0.5 - jnp.sin(angle), jnp.sin(angle))
+    return jnp.stack([x, y], 1) + noise * jax.random.normal(c, (n, 2))
+
+
+def circles(key: Array, n: int, noise: float = 0.06, factor: float = 0.5) -> Array:
+    """Two circles around the origin, of radii 1 and `factor`, each with half of the points in the mean, (n, 2); normal noise."""
+    a, b, c = jax.random.split(key, 3)
+    angle = 2 * jnp.pi * jax.random.uniform(a, (n,))
+    radius = jnp.where(jax.random.bernoulli(b, 0.5, (n,)), 1.0, factor).astype(angle.dtype)
+    return radius[:, None] * jnp.stack([jnp.cos(angle), jnp.sin(angle)], 1) + noise * jax.random.normal(c, (n, 2))
+
+
+def gaussians(key: Array, n: int, noise: float = 0.1**0.5, radius: float = 5.0, modes: int = 8) -> Array:
+    """`modes` normal densities of standard deviation `noise`, evenly on a circle around the origin, (n, 2)."""
+    a, b = jax.random.split(key)
+    angle = 2 * jnp.pi / modes * jax.random.randint(a, (n,), 0, modes).astype(jnp.result_type(float))
+    return radius * jnp.stack([jnp.cos(angle), jnp.sin(angle)], 1) + noise * jax.random.normal(b, (n, 2))
+
+
+def checkerboard(key: Array, n: int) -> Array:
+    """The dark squares, of side 1, of a 4x4 board on [-2, 2]², (n, 2): density 1/8 on them and 0 elsewhere."""
+    a, b = jax.random.split(key)
+    square = jax.random.randint(a, (n,), 0, 8)
+    column, row = square // 2, 2 * (square % 2)
+    corner = jnp.stack([column, row + column % 2], 1).astype(jnp.result_type(float)) - 2
+    return corner + jax.random.uniform(b, (n, 2))
+
+
+def s_curve(key: Array, n: int, noise: float = 0.05) -> Array:
+    """Two three-quarter circles that join to an S, seen from the side, (n, 2): (sin a, ±(cos a - 1)), a in [-3π/2, 3π/2]."""
+    a, b = jax.random.split(key)
+    angle = 3 * jnp.pi * (jax.random.uniform(a, (n,)) - 0.5)
+    return jnp.stack([jnp.sin(angle), jnp.sign(angle) * (jnp.cos(angle) - 1)], 1) + noise * jax.random.normal(b, (n, 2))

@@ -22,6 +22,7 @@ ROOMS = [
     "depth",
     "validity",
     "audit",
+    "regularize",
     "data",
     "models",
     "train",

@@ -9,6 +9,7 @@ import pytest
 
 import jode
 import jode.depth
+import jode.models.density
 import jode.validity
 from jode.method import Method
 
@@ -43,6 +44,7 @@ CLAIMS = {
         "step_underflow" in out and "last good save time 0.25" in out and "nan" not in out.split("\n")[-2]
     ),
     "docs/adjoints.md": lambda _, out: "MemoryFree()" in out,
+    "docs/densities.md": lambda s, _: abs(s["grid"].mass - 1) < 1e-3 and s["samples"].shape == (2, 2) and s["penalty"] > 0,
     "docs/depth.md": lambda s, _: s["batch"].shape == (32, 4),
     "docs/validity.md": lambda s, out: "Verdict: " in out and "differs" in out and int(s["steps"]) >= 1,
     "docs/reference/methods.md": lambda s, _: s["kutta3"].order == 3,
@@ -75,11 +77,16 @@ def test_every_status_has_a_remedy_in_the_docs():
 
 @pytest.mark.parametrize(
     ("module", "names"),
-    [(jode, jode.__all__), (jode.depth, jode.depth.__all__), (jode.validity, jode.validity.__all__)],
+    [
+        (jode, jode.__all__),
+        (jode.depth, jode.depth.__all__),
+        (jode.validity, jode.validity.__all__),
+        (jode.models.density, jode.models.density.__all__),
+    ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
 def test_the_reference_names_everything_public(module, names):
     pages = "\n".join(p.read_text() for p in (DOCS / "reference").glob("*.md"))
     for name in names:
-        shown = re.search(rf"^::: jode(\.\w+)?\.{name}$", pages, re.MULTILINE)
+        shown = re.search(rf"^::: jode(\.\w+)*\.{name}$", pages, re.MULTILINE)
         assert shown or name in METHODS, f"{module.__name__}.{name} is missing from docs/reference"
