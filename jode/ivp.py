@@ -384,7 +384,12 @@ def close(f: Callable, ts: Array, y0: Any, args: Any, layout: Layout, depth: int
     given = [leaves[i] for i in arrays]
     example = [jax.eval_shape(lambda x: x[0], x) if depth else jax.ShapeDtypeStruct(x.shape, x.dtype) for x in given]
     y = [jax.ShapeDtypeStruct(s, d) for s, d in zip(layout.shapes, layout.dtypes, strict=True)]
-    jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(jax.ShapeDtypeStruct((), time), y, example)
+    try:
+        jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(jax.ShapeDtypeStruct((), time), y, example)
+    except (TypeError, ValueError, IndexError) as e:
+        shapes = ", ".join(f"{d}{list(s)}" for s, d in zip(layout.shapes[:4], layout.dtypes, strict=False))
+        e.add_note(f"jode called f(t, y, args) with t a scalar and y0 of {shapes}; solve's own order is f, y0, ts, args")
+        raise
     _check_slope(out, y0, layout, time)
     consts = [jnp.asarray(c) for c in jaxpr.consts]
     buckets: tuple[list, list, list, list] = ([], [], [], [])
@@ -420,7 +425,8 @@ def _check_slope(out: Any, y0: Any, layout: Layout, time: Any) -> None:
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(y0)[0]]
     for path, k, shape, dtype in zip(paths, leaves, layout.shapes, layout.dtypes, strict=True):
         if k.shape != shape:
-            raise TypeError(f"f(t, y, args){path} must have the shape of y0{path}, {shape}; it has {k.shape}")
+            swapped = ": is it written f(y, t)? The order is t, y, args" if k.shape == () else ""
+            raise TypeError(f"f(t, y, args){path} must have the shape of y0{path}, {shape}; it has {k.shape}{swapped}")
         if jnp.issubdtype(k.dtype, jnp.complexfloating) and not jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(f"f(t, y, args){path} is complex but y0{path} is {dtype}: make y0 complex")
         if is_inexact(k) and _bits(k.dtype) > max(32, _bits(dtype), _bits(time)):  # t may well have widened it

@@ -26,15 +26,16 @@ class Reversible(Method):
 
     of the order of `method`, at twice its cost per step (McCallum & Foster 2024).
 
-    The coupling trades accuracy against memory. Where solutions decay at a rate μ the gap y - z grows by λ (1 + h μ + …) per
-    step, so y is right only for h μ < (1 - λ) / λ: 1 for λ = 0.5, 0.1 for 0.9, 0.001 for 0.999. Beyond that y is wrong, whatever
-    the order. The inverse divides by λ, so a rounding error grows by 1/λ per step backwards.
+    The coupling trades accuracy against memory. Where solutions decay at a rate μ the gap y - z grows by about λ e^(h μ) per step,
+    so y is right only for h μ < ln(1/λ): 0.69 for λ = 0.5, 0.1 for 0.9, 0.001 for 0.999. Beyond that y is wrong, whatever the
+    order. The inverse divides by λ, so a rounding error grows by 1/λ per step backwards.
 
-    By default (None) λ is 100^(-16/n) for at most n steps, between 0.5 (n ≤ 106, or unknown) and 0.985 (n ≥ 4,876): y is then as
-    accurate as that of `method` where the rates of decay over the whole time, h μ n, sum to less than about 70, and
-    `MemoryFree` keeps 16 states, whatever n, or one per 305 steps (float32; 762 in float64) for n beyond 4,876. Give a smaller λ
-    for coarse steps over a long time, a larger one to keep fewer states. `Adaptive` counts what a step adds to the gap as an error:
-    its steps then stay small enough for any λ < 1.
+    By default (None) λ is 100^(-16/n) for at most n steps, between 0.5 (n ≤ 106, or unknown) and 0.985 (n ≥ 4,876). Then y errs,
+    relative to its largest size, about as much as that of `method` as long as h μ < 0.6, and h μ n, the rates of decay over the
+    whole time, sum to less than about 60; near those limits it errs more. `MemoryFree` keeps 16 states, whatever n, or one per
+    305 steps (float32; 762 in float64) for n beyond 4,876; in float32 its gradients are good to 1e-5, or 1e-3 where solutions
+    contract strongly. Give a smaller λ for coarse steps over a long time, a larger one to keep fewer states. `Adaptive` counts
+    what a step adds to the gap as an error: its steps then stay small enough for any λ < 1.
     """
 
     method: RungeKutta

@@ -1,6 +1,7 @@
 """Answers that were wrong once, by kind: over solvers, adjoints, dtypes and nestings."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -326,3 +327,27 @@ def test_adaptive_steps_keep_the_copies_together(problem, tol):
     for coupling in (0.5, 0.9, None):
         error = jnp.max(jnp.abs(final(jode.Reversible(jode.tsit5, coupling), tol) - final(jode.dopri8, 1e-12)))
         assert error < 50 * tol, coupling
+
+
+@pytest.mark.parametrize("solver", ["fixed", "adaptive"])
+def test_a_batch_of_no_rows(solver):
+    solve = lambda k, y: jode.odeint(decay, y, (0.0, 1.0), k, solver=SOLVERS[solver])[-1]
+    value, gradient = jax.value_and_grad(lambda k: jnp.sum(jax.vmap(lambda y: solve(k, y))(jnp.zeros((0, 2)))))(1.0)
+    assert value == gradient == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "hint"),
+    [
+        (lambda f: jode.solve(f, TS, jnp.ones(2)), "solve's own order is f, y0, ts, args"),
+        (lambda f: jode.solve(lambda y, t, a: f(t, y, a), jnp.ones(2), TS), "t a scalar and y0 of float64\\[2\\]"),
+    ],
+)
+def test_arguments_in_another_order_are_told_how_f_is_called(call, hint):
+    def f(t, y, args):
+        a, b = y
+        return jnp.stack([b, -a])
+
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call(f)
+    assert re.search(hint, "".join([str(caught.value), *getattr(caught.value, "__notes__", [])]))

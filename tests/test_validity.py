@@ -152,16 +152,48 @@ def test_the_score_interval_inverts_mcnemars_test(better, worse, n):
 
 def test_intervals_hold_together():
     """With more solvers the interval of each widens, as Bonferroni says."""
-    rng = np.random.default_rng(0)
-    own = rng.normal(size=500)
+    own = np.random.default_rng(0).normal(size=500)
     metric = lambda solver: own + 0.01 * solver.steps
     one = swap(metric, [jode.Fixed(jode.euler, 2), jode.Fixed(jode.euler, 4)])
     five = swap(metric, [jode.Fixed(jode.euler, 2**k) for k in range(1, 7)])
-    assert five.high[0, 1] - five.low[0, 1] >= one.high[0, 1] - one.low[0, 1]
+    assert five.high[0, 1] - five.low[0, 1] > one.high[0, 1] - one.low[0, 1]
+
+
+def test_the_interval_of_numbers_is_the_paired_t_interval_and_what_n_examples_cannot_show():
+    rng = np.random.default_rng(0)
     own, test = rng.normal(size=500), rng.normal(size=500)
     half = scipy.stats.ttest_rel(test, own).confidence_interval(0.95)
+    unseen = np.ptp([own, test]) * (1 - 0.025 ** (1 / 500))
     found = paired.change(own, test, 0.95)
-    np.testing.assert_allclose([found.low, found.high], [half.low, half.high], rtol=1e-9)
+    np.testing.assert_allclose([found.low, found.high], [half.low - unseen, half.high + unseen], rtol=1e-9)
+
+
+@pytest.mark.parametrize(("n", "rate", "jump"), [(100, 0.01, 5.0), (300, 0.004, 20.0), (1000, 0.004, 6.0), (3000, 0.01, 3.0)])
+def test_rare_and_large_changes_are_not_overlooked(n, rate, jump):
+    """The mean changes by more than the tolerance, through few examples: often none of them is among n."""
+    rng, wrong = np.random.default_rng(3), 0
+    for _ in range(200):
+        own = rng.normal(size=n)
+        wrong += swap(answers(own, own + jump * (rng.random(n) < rate)), TWO).valid
+    assert wrong <= 10
+
+
+def test_few_examples_decide_nothing():
+    for values in ([1.0], [True], [0.3, 0.7], [0.2, 0.5, 0.9], [True] * 50):
+        assert swap(answers(np.array(values), np.array(values)), TWO).verdicts == ["undecided"], values
+    for n in (20, 50, 150):  # all right: 189 examples bring z² / (n + z²) to 0.02
+        assert swap(answers(np.ones(n, bool), np.ones(n, bool)), TWO).wanted[0] == pytest.approx(189, rel=0.03)
+    at_the_tolerance = np.arange(50) != 7
+    assert np.isinf(swap(answers(np.ones(50, bool), at_the_tolerance), TWO).wanted[0])
+    assert swap(answers(np.ones(500), np.full(500, 1.001)), TWO).verdicts == ["an ODE"]  # two constants: 0.1 % of their size
+
+
+@pytest.mark.parametrize("bad", [np.array([1.0, np.nan]), np.array([]), np.ones((2, 2))], ids=["NaN", "empty", "matrix"])
+def test_a_metric_that_cannot_be_judged_is_refused(bad):
+    with pytest.raises(ValueError, match="metric"):
+        swap(answers(bad, bad), TWO)
+    with pytest.raises(ValueError, match="as many numbers"):
+        swap(answers(np.ones(3), np.ones(4)), TWO)
 
 
 def spinning(solver, turn=2.0):

@@ -43,6 +43,8 @@ def ordered(measure: Callable[P, T]) -> Callable[P, T]:
                     f"{name}: x and weights have changed places: the order is f, x, weights; got x = {described(x)} and "
                     f"weights = {described(weights)}"
                 ) from error
+            if isinstance(weights, (list, tuple)):
+                error.add_note(f"{name}: if weights is a list of layers, stack them first: jode.depth.stack(layers)")
             raise
 
     return checked

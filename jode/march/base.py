@@ -235,7 +235,7 @@ class March:
         Their cotangents are zero, but zero times the NaN of their own derivatives would reach parameters shared with
         other rows.
         """
-        if self.rows.size is None:
+        if not self.rows.size:
             return problem
         donor = jnp.argmin(self.rows.flat(broken))
         column, axis = self.rows.flat(broken), 0 if self.rows.axis == 0 else -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -24,36 +25,76 @@ class Change(NamedTuple):
 def change(own: np.ndarray, test: np.ndarray, confidence: float) -> Change:
     """The mean change from own to test, one number per example each (or one number: then there is no interval).
 
-    Two values, such as right and wrong, have the score interval of Tango (1998), which inverts McNemar's test; other numbers the
-    paired t interval, mean ± t s / √n, s the standard deviation of the differences. A change that is not finite is infinite.
+    Two values, such as right and wrong, have the score interval of Tango (1998), which inverts McNemar's test. Other numbers have
+    the paired t interval, mean ± t s / √n, s the standard deviation of the differences, widened by r (1 - ((1 - c) / 2)^(1/n)), r
+    the range of the metric under both solvers and c the confidence: n examples do not show what happens to fewer than some 3 in n,
+    and no interval made of what they show knows of it. A change that is not finite is infinite.
     """
-    own, test = (np.asarray(x, np.float64) for x in (own, test))
-    gaps = test - own
+    gaps = np.asarray(test, np.float64) - np.asarray(own, np.float64)
     if not np.all(np.isfinite(gaps)):
         return Change(math.inf, math.inf, math.inf)
+    return Change(float(np.mean(gaps)), *_ends(own, test, confidence)(max(1, gaps.size)))
+
+
+def wanted(own: np.ndarray, test: np.ndarray, confidence: float, tolerance: float) -> float:
+    """How many examples would decide, if the changes seen are typical: infinite where no 10⁹ do, or there is no interval."""
+    if np.ndim(own) == 0 or not np.all(np.isfinite(np.subtract(test, own, dtype=np.float64))):
+        return math.inf
+    ends, n = _ends(own, test, confidence), np.size(own)
+    decided = lambda m: equivalence(*ends(m), tolerance) != UNDECIDED
+    high = n
+    while not decided(high):
+        high *= 2
+        if high > 1e9:
+            return math.inf
+    low = high // 2
+    while high - low > max(1, low // 100):
+        middle = (low + high) // 2
+        low, high = (low, middle) if decided(middle) else (middle, high)
+    return float(high)
+
+
+def _ends(own: np.ndarray, test: np.ndarray, confidence: float) -> Callable[[int], tuple[float, float]]:
+    """The ends of the interval, had the changes seen been those of m examples."""
+    own, test = np.asarray(own, np.float64), np.asarray(test, np.float64)
+    gaps, n = test - own, max(1, own.size)
     mean = float(np.mean(gaps))
     if own.ndim == 0:
-        return Change(mean, mean, mean)
+        return lambda m: (mean, mean)
     values = two_values(own, test)
     if values is not None:
-        low, high = values
-        scale = (high - low) or 1.0
-        worse, better = int(np.sum(gaps < 0)), int(np.sum(gaps > 0))
-        ends = tango(better, worse, gaps.size, confidence)
-        return Change(mean, *(scale * x for x in ends))
-    half = _t(confidence, gaps.size - 1) * float(np.std(gaps, ddof=1)) / math.sqrt(gaps.size)
-    return Change(mean, mean - half, mean + half)
+        scale, worse, better = values[1] - values[0] or 1.0, float(np.mean(gaps < 0)), float(np.mean(gaps > 0))
+
+        def score(m: int) -> tuple[float, float]:
+            low, high = tango(better * m, worse * m, m, confidence)
+            return scale * low, scale * high
+
+        return score
+    size = float(np.std(gaps, ddof=1)) if n > 1 else 0.0
+    reach = float(np.ptp(np.concatenate([own, test])))
+
+    def t_interval(m: int) -> tuple[float, float]:
+        unseen = 1 - ((1 - confidence) / 2) ** (1 / m)
+        half = (_t(confidence, m - 1) * size / math.sqrt(m) if m > 1 else math.inf) + reach * unseen
+        return mean - half, mean + half
+
+    return t_interval
 
 
 def two_values(*arrays: np.ndarray) -> tuple[float, float] | None:
-    """The two values of a metric that has no others; of one that has a single value, that one and zero."""
+    """The two values of a metric that has no others, such as right and wrong; None for other metrics.
+
+    One of them is 0, or both occur under one solver, on ten examples or more: a few numbers, or two constants, are no such metric.
+    """
     values = np.unique(np.concatenate([np.ravel(x) for x in arrays]))
-    if len(values) > 2:
+    if len(values) > 2 or (len(values) == 2 and 0 not in values and all(len(np.unique(x)) < 2 or x.size < 10 for x in arrays)):
         return None
-    return (float(values[0]), float(values[1])) if len(values) == 2 else (min(0.0, float(values[0])), max(0.0, float(values[0])))
+    if len(values) == 2:
+        return float(values[0]), float(values[1])
+    return min(0.0, float(values[0])), max(0.0, float(values[0]))
 
 
-def tango(better: int, worse: int, n: int, confidence: float) -> tuple[float, float]:
+def tango(better: float, worse: float, n: int, confidence: float) -> tuple[float, float]:
     """The score interval of the difference p₁ - p₂ of paired proportions, from n pairs of which `better` rose and `worse` fell.
 
     It holds the δ for which |b - w - n δ| ≤ z √(n (2 q + δ (1 - δ))), where q maximises the likelihood of the proportion that fell
@@ -96,15 +137,6 @@ def equivalence(low: float, high: float, tolerance: float) -> str:
     if -tolerance <= low and high <= tolerance:
         return WITHIN
     return OUTSIDE if low > tolerance or high < -tolerance else UNDECIDED
-
-
-def wanted(mean: float, low: float, high: float, tolerance: float, n: int) -> float:
-    """How many examples would decide, if the mean stays: intervals shrink like 1/√n. Infinite where it lies on the tolerance."""
-    if abs(mean) == tolerance:
-        return math.inf
-    if abs(mean) < tolerance:
-        return n * max((high - mean) / (tolerance - mean), (mean - low) / (tolerance + mean)) ** 2
-    return n * ((mean - low) / (mean - tolerance) if mean > 0 else (high - mean) / (-mean - tolerance)) ** 2
 
 
 def worst(verdicts: list[str]) -> str:

@@ -58,7 +58,8 @@ class Swap:
     `own[i]` is that under the training solver; `low` and `high` are the ends of the confidence interval of the change from it.
     The intervals of one model hold together with probability `confidence`. `counts[i, j]` says whether that test solver counts
     against the model, and `errors[i, j]` is its measured error (NaN where it was not). `tolerance[i]` is the change that is none,
-    in units of the metric, and `examples[i]` how many there were, 0 for a metric of one number, which has no interval.
+    in units of the metric, `examples[i]` how many there were, 0 for a metric of one number, which has no interval, and
+    `enough[i, j]` how many would decide about that pair.
     """
 
     train: tuple
@@ -71,6 +72,7 @@ class Swap:
     errors: np.ndarray
     tolerance: np.ndarray
     examples: np.ndarray
+    enough: np.ndarray
     confidence: float
 
     @property
@@ -102,14 +104,9 @@ class Swap:
 
     @property
     def wanted(self) -> np.ndarray:
-        """How many examples would decide about each model, if the changes seen are the true ones; 0 where it is decided."""
-        out = np.zeros(len(self.train))
-        for i, verdict in enumerate(self.verdicts):
-            if verdict == UNDECIDED:
-                n, tolerance = self.examples[i], self.tolerance[i]
-                pairs = [j for j in map(int, np.flatnonzero(self.counts[i])) if self.verdict(i, j) == UNDECIDED]
-                out[i] = max(paired.wanted(self.changes[i, j], self.low[i, j], self.high[i, j], tolerance, n) for j in pairs)
-        return out
+        """How many examples would decide about each model, if the changes seen are typical; 0 where it is decided."""
+        undecided = np.array([v == UNDECIDED for v in self.verdicts])
+        return np.where(undecided, np.where(self.counts, self.enough, 0).max(axis=1, initial=0), 0)
 
     @property
     def valid(self) -> bool | np.ndarray:
@@ -201,15 +198,21 @@ def swap(
         raise ValueError("swap: there must be at least one model and one solver")
     given = {_plain(s): o for s, o in outputs.items()} if isinstance(outputs, Mapping) else dict.fromkeys(rows, outputs)
     results = [_against(s, m, given[s], solvers, tolerance, spread, confidence, reference, counts) for s, m in rows.items()]
-    own, table, low, high, mask, errors, bounds, examples = (np.array(column) for column in zip(*results, strict=True))
-    return Swap(tuple(rows), tuple(solvers), table, own, low, high, mask, errors, bounds, examples, confidence)
+    own, table, low, high, mask, errors, bounds, examples, enough = (np.array(column) for column in zip(*results, strict=True))
+    return Swap(tuple(rows), tuple(solvers), table, own, low, high, mask, errors, bounds, examples, enough, confidence)
 
 
 def _against(train: Any, metric: Callable, outputs: Any, solvers: list, *options: Any) -> tuple:
     """One row of the table: own mean, means, ends of intervals, what counts, errors, tolerance, number of examples."""
     tolerance, spread, confidence, reference, counts = options
     own = _numbers(metric(train))
+    if not np.isfinite(own).all():
+        raise ValueError(
+            f"swap: the metric under the training solver {name(train)} is not finite on {np.sum(~np.isfinite(own))} examples"
+        )
     values = [own if s == train else _numbers(metric(s)) for s in solvers]
+    if any(v.shape != own.shape for v in values):
+        raise ValueError(f"swap: the metric must return as many numbers under each solver, got {sorted({v.shape for v in values})}")
     errors = np.full(len(solvers), np.nan)
     if outputs is not None:
         mine, *errors = measured_errors(outputs, [train, *solvers], reference)
@@ -222,6 +225,7 @@ def _against(train: Any, metric: Callable, outputs: Any, solvers: list, *options
     mask = [m and name(s) != name(train) for m, s in zip(mask, solvers, strict=True)]
     level = 1 - (1 - confidence) / max(1, sum(mask))
     changes = [paired.change(own, v, level) for v in values]
+    bound = tolerance * (_metric_spread(own, values) if spread is None else spread)
     return (
         np.mean(own),
         [np.mean(v) for v in values],
@@ -229,8 +233,9 @@ def _against(train: Any, metric: Callable, outputs: Any, solvers: list, *options
         [c.high for c in changes],
         mask,
         errors,
-        tolerance * (_metric_spread(own, values) if spread is None else spread),
+        bound,
         own.size if own.ndim else 0,
+        [paired.wanted(own, v, level, bound) for v in values],
     )
 
 
@@ -244,9 +249,9 @@ def _metric_spread(own: np.ndarray, values: list[np.ndarray]) -> float:
 
 def _numbers(value: Any) -> np.ndarray:
     value = np.asarray(value, np.float64)
-    if value.ndim > 1:
+    if value.ndim > 1 or value.size == 0:
         raise ValueError(f"metric must return one number, or a vector of one per example; got shape {value.shape}")
-    return value[0] if value.shape == (1,) else value
+    return value
 
 
 # By how much do the outputs move?
