@@ -23,6 +23,7 @@ ROOMS = [
     "validity",
     "audit",
     "data",
+    "data_series",
     "models",
     "train",
 ]
