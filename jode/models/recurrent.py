@@ -81,8 +81,9 @@ class GRUDecay(eqx.Module):
 
 
 def parameters(model: Any) -> int:
-    """How many numbers there are to train."""
-    return sum(x.size for x in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
+    """How many numbers there are to train; of arrays, or of their shapes as `jax.eval_shape` returns them."""
+    numbers = [x for x in jax.tree.leaves(model) if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)]
+    return sum(x.size for x in numbers)
 
 
 def of_size(make: Callable[..., Any], count: int, *, key: Array, most: int = 512) -> Any:
