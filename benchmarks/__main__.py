@@ -24,7 +24,15 @@ NAMES = (
     "gradient_memory",
     "reversible",
 )
-STUDIES = ("gradient_depth", "thousand_layers", "regularisation", "sphere2", "tolerance")  # what networks do; by name, minutes each
+STUDIES = (
+    "gradient_depth",
+    "thousand_layers",
+    "regularisation",
+    "sphere2",
+    "tolerance",
+    "spirals",
+    "poisson",
+)  # what networks do; by name, minutes each
 
 
 def main(names):

@@ -25,10 +25,10 @@ def states_after(
 ) -> Any:
     """The solution of dz/dt = f(t, z, args), z(t0) = z0, at times t0 <= t_1 <= t_2 <= …, some of which may be equal or masked.
 
-    `jode.solve` wants times that increase. Here each time that exceeds all before it becomes a save time and the others share a row:
-    an equal time the row of its equal, a masked one, or one before t0, the row of the last time before it in the series. The solve sees the
-    times that are left in order, followed by as many as are needed to fill the shape, close after the last, which no row reads. So
-    what a masked row holds changes no bit of the others.
+    `jode.solve` wants times that increase. Here a time that exceeds all before it becomes a save time; the others share a row:
+    an equal time that of its equal; a masked one, or one before t0, that of the last time before it in the series. The solve
+    sees the remaining times in order, and then as many as fill the shape, close after the last, which no row reads. So what a
+    masked row holds changes no bit of the others.
 
     Args:
         f: the vector field.

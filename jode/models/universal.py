@@ -21,7 +21,8 @@ class Universal(eqx.Module):
 
     Args:
         known: (t, y, constants) -> dy/dt, the known part.
-        constants: its parameters, any pytree; arrays in it are trained too.
+        constants: its parameters, any pytree. Arrays among them are trained with the network, which can then trade with them
+            whatever it can express itself; Python numbers are not trained.
         size: D, of the state.
         width: of the hidden layers.
         depth: how many of them.
@@ -86,8 +87,8 @@ def multiple_shooting(
 
         misfit(ys) + weight Σ gaps²
 
-    joins them as far as the weight says. Each solve is short, so the loss has fewer false minima in the parameters than one over the whole
-    time, and a state that runs away at a poor guess does so in one segment alone. With S = 1 this is single shooting.
+    joins them as far as the weight says. Each solve is short, so the loss has fewer false minima in the parameters than one over
+    the whole time, and a state that runs away at a poor guess does so in one segment alone. With S = 1 this is single shooting.
 
     Args:
         f: the vector field.
