@@ -68,7 +68,6 @@ def main():
 
 @eqx.filter_jit
 def drawn(model, series, ts, keys):
-    """Curves through samples of z(0) given the observations."""
     mean, std = model.encoder(series, 0.0)
     return jax.vmap(lambda k: model.extrapolate(mean + std * jax.random.normal(k, mean.shape), 0.0, ts))(keys)
 

@@ -128,7 +128,7 @@ class LatentODE(eqx.Module):
         channels: D, of one observation.
         latent: L, dimension of z.
         hidden: H, of the encoder's state.
-        width: of the hidden layers of f and g.
+        width: of the hidden layers of f and g, both tanh.
         depth: hidden layers of f; g has one.
         noise: standard deviation of an observation, fixed.
         encoder: `GRUEncoder` or `ODERNN`, or any (channels, hidden, latent, key=) that makes a module like them.
@@ -155,7 +155,7 @@ class LatentODE(eqx.Module):
         a, b, c = jax.random.split(key, 3)
         self.encoder = encoder(channels, hidden, latent, key=a)
         self.field = eqx.nn.MLP(latent, latent, width, depth, activation=jnp.tanh, key=b)
-        self.decoder = eqx.nn.MLP(latent, channels, width, 1, activation=jax.nn.relu, key=c)
+        self.decoder = eqx.nn.MLP(latent, channels, width, 1, activation=jnp.tanh, key=c)
         self.noise = noise
 
     def decode(self, z0: Array, t0: Any, ts: Array, mask: Any = None, *, solver: Any = SOLVER, adjoint: Any = ADJOINT) -> Array:
