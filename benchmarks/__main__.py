@@ -33,6 +33,8 @@ STUDIES = (  # what networks do; by name, minutes each
     "density_matching",
     "flow_matching",
     "fewer_evaluations",
+    "spirals",
+    "poisson",
 )
 
 

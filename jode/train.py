@@ -1,4 +1,4 @@
-"""Training an image classifier: a jitted step, its gradient measured, a progress bar with loss, accuracy and NFE."""
+"""Training: updates in one scan; an image classifier with its gradient measured, a progress bar with loss, accuracy and NFE."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +90,32 @@ def adapted(adapt: StepAdaptation, logits: Callable, optimizer: optax.GradientTr
         return (optax.apply_updates(weights, updates), state, control), (solver.steps, value, accuracy)
 
     return iteration
+
+
+def updates(loss: Callable, optimizer: optax.GradientTransformation, count: int) -> Callable:
+    """`count` updates of a module as one scan, compiled once: (model, state, key), *data -> (model, state, key), losses (count,).
+
+    loss(model, key, *data) is a scalar; each update gets a key of its own, split from the one that is carried, so that a run that
+    goes on from a saved (model, state, key) repeats the bits of one that never stopped. `state` is
+    optimizer.init(equinox.filter(model, equinox.is_inexact_array)).
+    """
+
+    @eqx.filter_jit
+    def run(carry: tuple, *data: Any) -> tuple[tuple, Array]:
+        model, state, key = carry
+        params, static = eqx.partition(model, eqx.is_inexact_array)
+
+        def update(carry: tuple, _: None) -> tuple[tuple, Array]:
+            params, state, key = carry
+            key, own = jax.random.split(key)
+            value, gradient = jax.value_and_grad(lambda p: loss(eqx.combine(p, static), own, *data))(params)
+            change, state = optimizer.update(gradient, state, params)
+            return (optax.apply_updates(params, change), state, key), value
+
+        (params, state, key), losses = jax.lax.scan(update, (params, state, key), None, length=count)
+        return (eqx.combine(params, static), state, key), losses
+
+    return run
 
 
 def batches(data: Images, size: int, epochs: int, seed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -24,6 +24,7 @@ ROOMS = [
     "audit",
     "regularize",
     "data",
+    "data_series",
     "models",
     "train",
 ]

@@ -47,6 +47,12 @@ CLAIMS = {
     "docs/densities.md": lambda s, _: abs(s["grid"].mass - 1) < 1e-3 and s["samples"].shape == (2, 2) and s["penalty"] > 0,
     "docs/depth.md": lambda s, _: s["batch"].shape == (32, 4),
     "docs/validity.md": lambda s, out: "Verdict: " in out and "differs" in out and int(s["steps"]) >= 1,
+    "docs/series.md": lambda s, _: (
+        s["curve"].shape == (41, 2)
+        and s["losses"].shape == (5,)
+        and bool(s["found"].integral > 0)
+        and s["shots"].gaps.shape == (5, 2)
+    ),
     "docs/reference/methods.md": lambda s, _: s["kutta3"].order == 3,
 }
 
