@@ -526,6 +526,24 @@ def test_arguments_in_the_wrong_order_are_named():
         jode.resnet(f, x=w, weights=X)
 
 
+def test_wrong_options_are_named():
+    for measure in (depth.distance, depth.distance_bound):
+        with pytest.raises(ValueError, match="ode_degree must be 0"):
+            measure(f, X, smooth(4), ode_degree=2)
+        with pytest.raises(ValueError, match="at least one step over a span that is not zero"):
+            measure(f, X, smooth(4), span=0.0)
+        with pytest.raises(ValueError, match="at least one step"):
+            measure(f, X, smooth(1), degree=1)
+    with pytest.raises(TypeError, match="x must be real"):
+        depth.distance_bound(f, X.astype(complex), smooth(4))
+
+
+def test_no_tracer_leaks():
+    with jax.checking_leaks():
+        for measure in (depth.distance, depth.distance_bound):
+            jax.jit(partial(measure, f, substeps=1))(X, smooth(2))
+
+
 def test_modules_in_the_wrong_order_are_named_too():
     blocks = depth.stack([eqx.nn.MLP(3, 3, 4, 1, activation=jnp.tanh, key=k) for k in jax.random.split(jax.random.key(0), 5)])
     with pytest.raises(TypeError, match=r"got x = .*float64\[5, 4, 3\].* weights = float64\[3\]"):

@@ -164,9 +164,10 @@ def split(tree: Any) -> tuple[list[Array], Callable[[list], Any]]:
     """The arrays of a tree, and the function that puts others in their places."""
     leaves, treedef = jax.tree.flatten(tree)
     places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+    still = [None if i in places else x for i, x in enumerate(leaves)]  # no array stays in the function: it may be of a trace
 
     def join(arrays: list) -> Any:
-        merged = list(leaves)
+        merged = list(still)
         for i, x in zip(places, arrays, strict=True):
             merged[i] = x
         return jax.tree.unflatten(treedef, merged)

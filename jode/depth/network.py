@@ -331,13 +331,13 @@ def _paths(
         raise ValueError(f"want at least one step over a span that is not zero, got {steps} steps and span = {span}")
     h = 1.0 if span is None else span / steps
     x, unravel = ravel_pytree(x)
-    time = real_dtype(x.dtype)
+    dtype, time = x.dtype, real_dtype(x.dtype)
 
     def scaled(t: Array, y: Array, w: Any) -> Array:
         k = ravel_pytree(f(t * jnp.asarray(h, t.dtype), unravel(y), w))[0]
-        return jnp.asarray(h, x.dtype) * k.astype(x.dtype)
+        return jnp.asarray(h, dtype) * k.astype(dtype)
 
-    coefficients, join = split(pieces(weights, ode_degree, steps))
+    coefficients, join = split(pieces(weights, ode_degree, steps, "ode_degree"))
 
     def slope(n: Array, a: list, c: Array, y: Array) -> Array:
         return scaled(n + c, y, piece(join(a), c))

@@ -234,10 +234,10 @@ def smooth_init(key: Array, init: Callable[[Array], Any], n: int, turn: float = 
 # Weights as piecewise polynomials: θ(c) = Σ_k a_k c^k on each step, c the fraction of it. Coefficients are the second axis.
 
 
-def pieces(weights: Any, degree: int, steps: int) -> Any:
+def pieces(weights: Any, degree: int, steps: int, name: str = "degree") -> Any:
     """Coefficients on each step; of integers and keys, which are constant, only the first."""
     if degree not in (0, 1, 3):
-        raise ValueError(f"degree must be 0 (constant), 1 (linear) or 3 (cubic), got {degree!r}")
+        raise ValueError(f"{name} must be 0 (constant), 1 (linear) or 3 (cubic), got {degree!r}")
 
     def leaf(x: Array) -> Array:
         if not is_inexact(x) or degree == 0:
