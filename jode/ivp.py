@@ -158,8 +158,10 @@ def _check_callables(f: Any, y0: Any, solver: Any, adjoint: Any) -> None:
             adaptive = f"Adaptive({solver!r}) for steps chosen by their error, " if solver.embedded_order is not None else ""
             hint = f": write {adaptive}Fixed({solver!r}, steps) for equal steps, or Layers({solver!r}) for a network"
         raise TypeError(f"solver must be jode.Fixed, jode.Adaptive or jode.Layers, got {solver!r}{hint}")
+    if isinstance(solver, Layers) and getattr(f, "wants_all_layers", False):
+        raise TypeError("depth.field wants all layers, stacked, and Layers hands over one per step. Under Layers give f itself")
     if isinstance(solver, Layers) and solver.degree not in (0, 1):
-        raise ValueError(f"Layers: degree must be 0 (one slice a step) or 1 (slices at the nodes), got {solver.degree!r}")
+        raise ValueError(f"Layers: degree must be 0 (one slice per step) or 1 (slices at the nodes), got {solver.degree!r}")
     if not isinstance(solver.method, Method):
         raise TypeError(f"solver's method must be a jode method such as jode.tsit5, got {solver.method!r}")
     if not isinstance(adjoint, Adjoint):

@@ -33,7 +33,7 @@ class Reversible(Method):
     By default (None) λ is 100^(-16/n) for at most n steps, between 0.5 (n ≤ 106, or unknown) and 0.985 (n ≥ 4,876). Then y errs,
     relative to its largest size, about as much as that of `method` as long as h μ < 0.6, and h μ n, the rates of decay over the
     whole time, sum to less than about 60; near those limits it errs more. `MemoryFree` keeps 16 states, whatever n, or one per
-    305 steps (float32; 762 in float64) for n beyond 4,876; in float32 its gradients are good to 1e-5, or 1e-3 where solutions
+    305 steps (float32; 610 in float64) for n beyond 4,876; in float32 its gradients are good to 1e-5, or 1e-3 where solutions
     contract strongly. Give a smaller λ for coarse steps over a long time, a larger one to keep fewer states. `Adaptive` counts
     what a step adds to the gap as an error: its steps then stay small enough for any λ < 1.
     """

@@ -643,3 +643,8 @@ def test_a_large_state_has_a_lipschitz_constant_without_a_matrix():
     compiled = program.lower(x, w).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 16 * 96 * n * 8
     np.testing.assert_allclose(compiled(x, w).lipschitz, 3.0, rtol=0.0101)
+
+
+def test_the_field_of_an_elementwise_block_is_refused_under_layers():
+    with pytest.raises(TypeError, match="Under Layers give f itself"):
+        jode.odeint(depth.field(lambda t, x, w: w * x), jnp.ones(3), (0.0, 4.0), jnp.ones((4, 3)), solver=jode.Layers(jode.euler))

@@ -30,7 +30,7 @@ class MemoryFree(Discrete):
     `anchors=k` keeps the state that every k-th step starts from and restarts there; None keeps none. By default none are kept for
     `leapfrog`, `reversible_heun` and Runge-Kutta methods. For `Reversible` and `Momentum`, whose inverse lets rounding errors
     grow, it is 16 states, or more where over those distances they would grow more than a hundredfold in single precision, or
-    1e5-fold in double. A row whose recovered initial state is off by more than
+    1e4-fold in double. A row whose recovered initial state is off by more than
     `max_drift` of its size gets NaN for a gradient.
     """
 
@@ -49,7 +49,7 @@ class MemoryFree(Discrete):
         if not (growth and plan.most):
             return 0
         bits = min((jnp.finfo(real_dtype(d)).bits for d in plan.layout.dtypes), default=64)
-        return min(math.ceil(math.log(1e5 if bits == 64 else GROWTH) / growth), math.ceil(plan.most / SEGMENTS))
+        return min(math.ceil(math.log(1e4 if bits == 64 else GROWTH) / growth), math.ceil(plan.most / SEGMENTS))
 
     def again(self, plan: Plan, rows: int, steps: Array) -> Array:
         return steps

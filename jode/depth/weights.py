@@ -101,6 +101,7 @@ def field(f: Callable, *, degree: int = 1, steps: int | None = None, span: float
 class _Field:
     """`field` as a value: equal fields compile once."""
 
+    wants_all_layers = True  # so `Layers`, which hands over one, is refused
     f: Callable
     degree: int
     steps: int | None
