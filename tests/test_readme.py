@@ -46,7 +46,10 @@ CLAIMS = {
     "docs/depth.md": lambda s, _: s["batch"].shape == (32, 4),
     "docs/validity.md": lambda s, out: "verdict" in out and int(s["steps"]) >= 1,
     "docs/series.md": lambda s, _: (
-        s["curve"].shape == (41, 2) and s["losses"].shape == (5,) and bool(s["found"].integral > 0) and s["shots"].gaps.shape == (5, 2)
+        s["curve"].shape == (41, 2)
+        and s["losses"].shape == (5,)
+        and bool(s["found"].integral > 0)
+        and s["shots"].gaps.shape == (5, 2)
     ),
     "docs/reference/methods.md": lambda s, _: s["kutta3"].order == 3,
 }
