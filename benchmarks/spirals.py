@@ -5,8 +5,8 @@ with noise 0.3. Of the first 100 points 30, 50 or all are observed, drawn withou
 of the observed points and of the 100 later ones of 1,000 spirals, and tested on 1,000 others: from the observed points alone, the
 root mean square error, by coordinate, against the spiral without noise, at the 100 later points, and at the 100 of the window.
 Waves: 1,000 periodic curves of 50 irregular points, of which 5 are observed; 500 passes over 800 curves, on the likelihood of all 50
-points, where each update draws the observed ones anew; tested at the points of the other 200 that were not observed. Recurrent networks know the past alone; a latent ODE reads all
-observations first. python -m benchmarks spirals
+points, where each update draws the observed ones anew; tested at the points of the other 200 that were not observed. Recurrent
+networks know the past alone; a latent ODE reads all observations first. python -m benchmarks spirals
 """
 
 from benchmarks.measure import report
@@ -97,7 +97,8 @@ def recurrent_loss(model, key, series, targets):
 
 def trained(model, loss, key, data, iterations):
     """The model after so many updates, and milliseconds an update."""
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(RATE, iterations, 0.01)))
+    rates = optax.warmup_cosine_decay_schedule(0.0, RATE, iterations // 20, iterations, RATE / 100)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rates))
     carry = (model, optimizer.init(eqx.filter(model, eqx.is_inexact_array)), key)
     run = train.updates(loss, optimizer, iterations // 2)
     carry, _ = run(carry, *data)
