@@ -40,7 +40,8 @@ def loss(model, key, seen, targets):
 
 
 def fitted(model, key, data, rounds):
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(RATE, rounds * ROUND, 0.01)))
+    rates = optax.warmup_cosine_decay_schedule(0.0, RATE, 5 * rounds, rounds * ROUND, RATE / 100)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rates))
     carry = model, optimizer.init(eqx.filter(model, eqx.is_inexact_array)), key
     run = train.updates(loss, optimizer, ROUND)
     with tqdm(total=rounds * ROUND, ncols=80, desc="spirals") as bar:
@@ -74,19 +75,18 @@ def drawn(model, series, ts, keys):
 
 def figure(model, seen, clean, errors, out):
     plt.rcParams.update({"font.size": 10, "legend.frameon": False})
-    fig, axes = plt.subplots(2, 4, figsize=(13, 7), layout="constrained", sharex=True, sharey=True)
+    fig, axes = plt.subplots(2, 4, figsize=(13, 7.4), layout="constrained", sharex=True, sharey=True)
     ts = jnp.concatenate([jnp.linspace(-0.6, 0.0, 30)[:-1], clean.ts[0]])  # from a little before the first observation
     keys = jax.random.split(jax.random.key(3), 20)
     for i, ax in enumerate(axes.flat):
         row, color = 40 * i + 500 * (i // 4), COLORS[i // 4]  # the first half of the set is clockwise
         series = jax.tree.map(lambda x, row=row: x[row], seen)
-        for path in drawn(model, series, ts, keys):
-            ax.plot(*path.T, color=color, lw=0.6, alpha=0.35)
+        ax.plot(*drawn(model, series, ts, keys).T, color=color, lw=0.6, alpha=0.35)
         ax.plot(*clean.ys[row, :100].T, color=INK, lw=1.4, label="truth, observed window")
         ax.plot(*clean.ys[row, 100:].T, color=INK, lw=1.4, ls=(0, (2, 1.5)), label="truth, later")
         ax.plot(*series.ys.T, "o", color=INK, ms=3, mec="white", mew=0.4, label=f"{SEEN} noisy observations")
-        ax.plot([], [], color=color, lw=1, label="20 samples of the latent ODE")
-        ax.set(aspect="equal", xlim=(-6.5, 6.5), ylim=(-6.5, 6.5))
+        ax.plot([], [], color=color, lw=1, label="20 samples of the latent ODE (blue, red)")
+        ax.set(aspect="equal", xlim=(-5.4, 5.4), ylim=(-5.4, 5.4))
         ax.set_axis_off()
         ax.set_title(("clockwise", "counter-clockwise")[i // 4] if i % 4 == 0 else "", loc="left", color=INK)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
