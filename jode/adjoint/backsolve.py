@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jode.adjoint.rule import Adjoint, contained, drift, join, only_forward_over_reverse, only_in_reverse, split
+from jode.adjoint.rule import Adjoint, contained, drift, join, only_forward_over_reverse, only_in_reverse
 from jode.batch import Batch, native
 from jode.grid import Adaptive, Fixed, Status
 from jode.march import Cotangents, Found, Known, Outcome, Plan, Problem, inner, march_of
@@ -90,12 +90,7 @@ def _differentiable(adjoint: Backsolve, plan: Plan, batch: Batch | None) -> Call
         return only_forward_over_reverse(contained(march, problem, good, failed & ~good[1], bar.ys, pull)), None
 
     solve.defvjp(forward, backward)
-
-    def differentiable(problem: Problem) -> Outcome:
-        moving, still = split(problem)
-        return solve(only_in_reverse(adjoint, moving), still)
-
-    return differentiable
+    return only_in_reverse(adjoint, solve)
 
 
 def _solve_back(adjoint: Backsolve, march: Known | Found, good: Array, ys: State, problem: Problem, g: State) -> tuple:

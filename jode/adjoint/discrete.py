@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jode.adjoint.rule import Adjoint, contained, join, only_forward_over_reverse, only_in_reverse, split
+from jode.adjoint.rule import Adjoint, contained, join, only_forward_over_reverse, only_in_reverse
 from jode.batch import Batch, native
 from jode.grid import Status
 from jode.march import Cotangents, Found, Known, Outcome, Plan, Problem, march_of, reverse
@@ -86,12 +86,7 @@ def _differentiable(adjoint: Discrete, plan: Plan, batch: Batch | None) -> Calla
         return bars if adjoint.straight(plan, rows) else only_forward_over_reverse(bars), None
 
     solve.defvjp(forward, backward)
-
-    def differentiable(problem: Problem) -> Outcome:
-        moving, still = split(problem)
-        return solve(only_in_reverse(adjoint, moving), still)
-
-    return differentiable
+    return only_in_reverse(adjoint, solve)
 
 
 def _trace(plan: Plan, batch: Batch | None, problem: Problem, keep: int, leave: bool = False) -> tuple[Outcome, tuple]:

@@ -32,13 +32,18 @@ def split(problem: Problem) -> tuple[tuple, tuple]:
     return (problem.ts, problem.y0, p.shared, p.layers), (p.fixed, p.fixed_layers, problem.numbers)
 
 
-def only_in_reverse(adjoint: Adjoint, moving: Any) -> Any:
-    """What carries cotangents, as it is; differentiating it forwards is refused in words."""
-    return only_reverse(
-        moving,
+def only_in_reverse(adjoint: Adjoint, solve: Callable[[tuple, tuple], Outcome]) -> Callable[[Problem], Outcome]:
+    """solve(moving, still), which has a rule for reverse mode, of a problem; differentiating it forwards is refused in words."""
+    message = (
         f"{type(adjoint).__name__} gives gradients (jax.grad, jax.vjp, jax.jacrev) and their forward derivatives (jax.hessian). "
-        "For jax.jvp, jax.jacfwd or jax.linearize of the solve itself use adjoint=jode.ForwardMode()",
+        "For jax.jvp, jax.jacfwd or jax.linearize of the solve itself use adjoint=jode.ForwardMode()"
     )
+
+    def differentiable(problem: Problem) -> Outcome:
+        moving, still = split(problem)
+        return solve(only_reverse(moving, message), still)
+
+    return differentiable
 
 
 def join(moving: tuple, still: tuple) -> Problem:

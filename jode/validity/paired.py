@@ -42,12 +42,11 @@ def wanted(own: np.ndarray, test: np.ndarray, confidence: float, tolerance: floa
         return math.inf
     ends, n = _ends(own, test, confidence), np.size(own)
     decided = lambda m: equivalence(*ends(m), tolerance) != UNDECIDED
-    high = n
+    low = high = n
     while not decided(high):
-        high *= 2
+        low, high = high, 2 * high
         if high > 1e9:
             return math.inf
-    low = high // 2
     while high - low > max(1, low // 100):
         middle = (low + high) // 2
         low, high = (low, middle) if decided(middle) else (middle, high)
@@ -75,7 +74,7 @@ def _ends(own: np.ndarray, test: np.ndarray, confidence: float) -> Callable[[int
 
     def t_interval(m: int) -> tuple[float, float]:
         unseen = 1 - ((1 - confidence) / 2) ** (1 / m)
-        half = (_t(confidence, m - 1) * size / math.sqrt(m) if m > 1 else math.inf) + reach * unseen
+        half = _half(size, m, confidence) + reach * unseen
         return mean - half, mean + half
 
     return t_interval
@@ -128,7 +127,7 @@ def wilson(count: int, n: int, confidence: float) -> tuple[float, float]:
 
 def mean_interval(x: np.ndarray, confidence: float) -> tuple[float, float]:
     """The t interval of a mean."""
-    half = _t(confidence, x.size - 1) * float(np.std(x, ddof=1)) / math.sqrt(x.size) if x.size > 1 else math.inf
+    half = _half(float(np.std(x, ddof=1)) if x.size > 1 else 0.0, x.size, confidence)
     return float(np.mean(x)) - half, float(np.mean(x)) + half
 
 
@@ -153,7 +152,8 @@ def _z(confidence: float) -> float:
     return float(ndtri((1 + confidence) / 2))
 
 
-def _t(confidence: float, degrees: int) -> float:
+def _half(deviation: float, n: int, confidence: float) -> float:
+    """Half the t interval of the mean of n numbers with this standard deviation: t s / √n."""
     from scipy.special import stdtrit
 
-    return float(stdtrit(degrees, (1 + confidence) / 2)) if degrees > 0 else math.inf
+    return float(stdtrit(n - 1, (1 + confidence) / 2)) * deviation / math.sqrt(n) if n > 1 else math.inf

@@ -41,11 +41,21 @@ def measured_errors(outputs: Callable[[Any], Any], solvers: Sequence[Any], refer
         solvers: the solvers to measure.
         reference: the solver whose outputs o* are taken for exact, by default dopri8 at 1e-6: errors below some 1e-5 are all alike.
     """
+    return _errors([_table(outputs(s)) for s in solvers], outputs, reference)
+
+
+def _errors(tables: list[np.ndarray], outputs: Callable[[Any], Any], reference: Any) -> np.ndarray:
+    """The errors of outputs that are known already."""
     exact = _table(outputs(reference))
     if not np.isfinite(exact).all():
         raise ValueError(f"the reference solver {name(reference)} failed on some examples: give another reference")
     scale = _spread(exact)
-    return np.array([np.sqrt(np.mean(_distance(_table(outputs(s)), exact) ** 2)) / scale for s in solvers])
+    return np.array([np.sqrt(np.mean(_distance(t, exact) ** 2)) / scale for t in tables])
+
+
+def _finer(errors: Any, own: float, reference: Any) -> list[bool]:
+    """Which measured errors are no larger than the training solver's; those that the reference cannot tell apart are equal."""
+    return [bool(e <= max(own * (1 + 1e-6), 10 * error_scale(reference))) for e in errors]
 
 
 # By how much does the metric change?
@@ -89,18 +99,17 @@ class Swap:
 
     def verdict(self, i: int, j: int) -> str:
         """What the interval of model i under solver j says."""
-        return _ODE[paired.equivalence(self.low[i, j], self.high[i, j], self.tolerance[i])]
+        return _ODE[self._within(i, j)]
+
+    def _within(self, i: int, j: int) -> str:
+        return paired.equivalence(self.low[i, j], self.high[i, j], self.tolerance[i])
 
     @property
     def verdicts(self) -> list[str]:
         """Of each model. `an ODE`: under every solver that counts the whole interval of the change is within the tolerance.
         `not an ODE`: under one of them it is outside. Otherwise `undecided`, or `untested` where no other solver counts.
         """
-        return [_ODE[paired.worst(self._within(i))] for i in range(len(self.train))]
-
-    def _within(self, i: int) -> list[str]:
-        """Under each solver that counts."""
-        return [paired.equivalence(self.low[i, j], self.high[i, j], self.tolerance[i]) for j in np.flatnonzero(self.counts[i])]
+        return [_ODE[paired.worst([self._within(i, int(j)) for j in np.flatnonzero(row)])] for i, row in enumerate(self.counts)]
 
     @property
     def wanted(self) -> np.ndarray:
@@ -214,12 +223,15 @@ def _against(train: Any, metric: Callable, outputs: Any, solvers: list, *options
     if any(v.shape != own.shape for v in values):
         raise ValueError(f"swap: the metric must return as many numbers under each solver, got {sorted({v.shape for v in values})}")
     errors = np.full(len(solvers), np.nan)
+    mine = np.nan
     if outputs is not None:
-        mine, *errors = measured_errors(outputs, [train, *solvers], reference)
+        others = [s for s in solvers if s != train]
+        mine, *measured = measured_errors(outputs, [train, *others], reference)
+        errors = [mine if s == train else measured[others.index(s)] for s in solvers]
     if counts is not None:
         mask = [bool(counts(s, train)) for s in solvers]
     elif outputs is not None:
-        mask = [e <= max(mine * (1 + 1e-6), 10 * error_scale(reference)) for e in errors]
+        mask = _finer(errors, mine, reference)
     else:
         mask = [at_least_as_fine(s, train) for s in solvers]
     mask = [m and name(s) != name(train) for m, s in zip(mask, solvers, strict=True)]
@@ -279,10 +291,13 @@ class Agreement:
 
     def verdict(self, j: int) -> str:
         """`agrees` if mean movement and flips under solver j are within the tolerance, `differs` if one is outside."""
+        return _AGREES[self._within(j)]
+
+    def _within(self, j: int) -> str:
         says = [paired.equivalence(self.ends[j, 0], self.ends[j, 1], self.tolerance)]
         if np.isfinite(self.flips[j]):
             says.append(paired.equivalence(self.flip_ends[j, 0], self.flip_ends[j, 1], self.tolerance))
-        return _AGREES[paired.worst(says)]
+        return paired.worst(says)
 
     @property
     def verdicts(self) -> list[str]:
@@ -292,7 +307,7 @@ class Agreement:
     @property
     def overall(self) -> str:
         """`agrees` if the outputs do under every solver that counts, `differs` if they do not under one of them."""
-        return next((v for v in (_AGREES[OUTSIDE], UNDECIDED, _AGREES[WITHIN]) if v in self.verdicts), UNTESTED)
+        return _AGREES[paired.worst([self._within(int(j)) for j in np.flatnonzero(self.counts)])]
 
     @property
     def valid(self) -> bool:
@@ -340,13 +355,13 @@ def agreement(
         reference: the solver taken for exact when errors are measured.
     """
     train, *tests = [_plain(s) for s in solvers]
-    mine = outputs(train)
-    own, others = _table(mine), [outputs(s) for s in tests]
+    mine, *others = (outputs(s) for s in (train, *tests))
+    own, *tables = (_table(o) for o in (mine, *others))
     spread = _spread(own)
-    moved = np.array([_distance(_table(o), own) / spread for o in others]).reshape(len(tests), len(own))
+    moved = np.array([_distance(t, own) / spread for t in tables]).reshape(len(tests), len(own))
     moved = np.where(np.isfinite(moved), moved, np.inf)
-    errors = measured_errors(outputs, [train, *tests], reference)
-    counts = np.array([e <= max(errors[0] * (1 + 1e-6), 10 * error_scale(reference)) for e in errors[1:]], bool)
+    errors = _errors([own, *tables], outputs, reference)
+    counts = np.array(_finer(errors[1:], errors[0], reference), bool)
     counts &= np.array([name(s) != name(train) for s in tests], bool)
     level = 1 - (1 - confidence) / max(1, (1 if labels is None else 2) * int(counts.sum()))
     ends = np.array([paired.mean_interval(m, level) if np.isfinite(m).all() else (np.inf, np.inf) for m in moved])

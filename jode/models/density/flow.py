@@ -178,7 +178,8 @@ def sample(
 ) -> Density:
     """One sample: `push` of one draw of the base; arguments as in `log_likelihood`. Many: `jax.vmap` over keys."""
     draw, probe = jax.random.split(key)
-    return _march(flow, flow.base.sample(draw), True, probe, trace, args, solver, adjoint, finer)
+    options = {"trace": trace, "args": args, "solver": solver, "adjoint": adjoint, "finer": finer}
+    return push(flow, flow.base.sample(draw), key=probe, **options)
 
 
 def _march(
