@@ -116,7 +116,7 @@ _REMEDIES = {
     Status.nonfinite_dynamics: "f returned NaN or infinity at the initial state: check y0, args and the domain of f",
     Status.nonfinite_state: "the state became NaN or infinite: check y0, take smaller steps, or use Adaptive",
     Status.invalid_input: "numbers known only at run time are out of range: ts must be finite and increase throughout or decrease "
-    "throughout, Fixed's steps lie between 1 and max_steps, Adaptive's tolerances and first_step be positive",
+    "throughout, Fixed's steps lie between 1 and max_steps, Adaptive's tolerances and first_step not be negative, nor both tolerances zero",
 }
 
 
@@ -410,11 +410,6 @@ def close(f: Callable, ts: Array, y0: Any, args: Any, layout: Layout, depth: int
     return field, Params(*buckets), jaxpr.effects
 
 
-def _bits(dtype: Any) -> int:
-    """Bits of a real number of this dtype, complex or not."""
-    return jnp.finfo(dtype).bits
-
-
 def _check_slope(out: Any, y0: Any, layout: Layout, time: Any) -> None:
     leaves, treedef = jax.tree.flatten(out)
     if treedef != layout.treedef:
@@ -431,5 +426,5 @@ def _check_slope(out: Any, y0: Any, layout: Layout, time: Any) -> None:
             raise TypeError(f"f(t, y, args){path} must have the shape of y0{path}, {shape}; it has {k.shape}{swapped}")
         if jnp.issubdtype(k.dtype, jnp.complexfloating) and not jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(f"f(t, y, args){path} is complex but y0{path} is {dtype}: make y0 complex")
-        if is_inexact(k) and _bits(k.dtype) > max(32, _bits(dtype), _bits(time)):  # t may well have widened it
+        if is_inexact(k) and jnp.finfo(k.dtype).bits > max(32, *(jnp.finfo(d).bits for d in (dtype, time))):  # t may widen it
             warnings.warn(f"f(t, y, args){path} is {k.dtype} and is cast to the dtype of y0{path}, {dtype}", stacklevel=2)
