@@ -34,6 +34,7 @@ STUDIES = (  # what networks do; by name, minutes each
     "flow_matching",
     "fewer_evaluations",
     "spirals",
+    "waves",
     "poisson",
 )
 

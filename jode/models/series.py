@@ -166,9 +166,9 @@ class LatentODE(eqx.Module):
         """g(z(t)), (T, D), at times (T,) on both sides of t0, not decreasing. See `flow.states_around`."""
         return jax.vmap(self.decoder)(states_around(_field, z0, t0, ts, self.field, solver=solver, adjoint=adjoint))
 
-    def predict(self, series: Series, t0: Any, ts: Array, *, solver: Any = SOLVER) -> Array:
+    def predict(self, series: Series, t0: Any, ts: Array, *, solver: Any = SOLVER, encoder_solver: Any = None) -> Array:
         """g(z(t)) from the mean of q, (T, D), at times (T,) from t0 on: earlier, between and after the observations."""
-        mean, _ = self.encoder(series, t0, solver)
+        mean, _ = self.encoder(series, t0, solver if encoder_solver is None else encoder_solver)
         return self.decode(mean, t0, ts, solver=solver)
 
 
@@ -189,6 +189,7 @@ def elbo(
     t0: Any = 0.0,
     beta: Any = 1.0,
     solver: Any = SOLVER,
+    encoder_solver: Any = None,
     adjoint: Any = ADJOINT,
 ) -> Elbo:
     """A one-sample estimate of log p(targets) >= E_q Σ_i log p(y_i | z(t_i)) - KL(q(z0 | series) ‖ N(0, I)).
@@ -203,14 +204,15 @@ def elbo(
         targets: what the likelihood is of; the series itself by default. Masked rows count for nothing, whatever they hold.
         t0: the time of z0, not after the first observation or target.
         beta: weight of the KL in the value; 1 gives the bound.
-        solver: of the decoder's ODE, and of an ODE-RNN.
+        solver: of the decoder's ODE.
+        encoder_solver: of an ODE-RNN; by default `solver`. Where few points are observed their gaps are wide, and need more steps.
         adjoint: of the decoder's solve.
 
     Raises:
         TypeError, ValueError: what `jode.solve` raises, when traced.
     """
     targets = series if targets is None else targets
-    mean, std = model.encoder(series, t0, solver)
+    mean, std = model.encoder(series, t0, solver if encoder_solver is None else encoder_solver)
     z0 = sample(key, mean, std)
     path = model.decode(z0, t0, targets.ts, targets.mask, solver=solver, adjoint=adjoint)
     likelihood = log_likelihood(path, targets, model.noise)
