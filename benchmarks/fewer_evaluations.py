@@ -90,7 +90,7 @@ class Density(eqx.Module):
     ts, solver, updates, rate = (10.0, 0.0), jode.Fixed(jode.rk4, 16), 800, 5e-3
     weights: ClassVar = {
         "RNODE": (1.0, 2.0),
-        "TayNODE, K = 2": (3.0,),
+        "TayNODE, K = 2": (3.0, 10.0),
         "STEER": (2.0,),
         "ERNODE": (1.0,),
     }
