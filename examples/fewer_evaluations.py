@@ -24,7 +24,7 @@ from jode.regularize import initial, integrate, jacobian, kinetic, taylor
 SPAN, BATCH, CHUNK, SOLVER, TEST = (0.0, 10.0), 128, 40, jode.Fixed(jode.rk4, 16), jode.Adaptive(jode.dopri5, 1e-5, 1e-5)
 KINDS = {  # a color, the weight of the integrals a pixel, and their rates
     "plain": ("#22303c", 0.0, lambda f, probe: ()),
-    "RNODE": ("#2d6ca2", 1.0, lambda f, probe: (kinetic(f), jacobian(f, probe))),
+    "RNODE": ("#2d6ca2", 0.5, lambda f, probe: (kinetic(f), jacobian(f, probe))),
     "TayNODE, K = 2": ("#c6553b", 3.0, lambda f, probe: (taylor(f, 2),)),
 }
 NATS = 64 * np.log(2)  # of one bit a pixel; in bits, the division by 4 in `noisy` takes 2
