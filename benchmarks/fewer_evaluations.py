@@ -1,7 +1,7 @@
 """How many evaluations do the regularisers of RNODE, TayNODE, STEER and ERNODE save, and at what loss?
 
 A neural ODE that classifies the digits, its state the 64 pixels, and a continuous normalizing flow of the digits' pixels over the span
-(0, 10) of torchdiffeq's example, each trained plainly and with each regulariser at several weights, all with the same architecture,
+(0, 10) of torchdiffeq's example, each trained plainly and with regularisers at one to three weights, all with the same architecture,
 solver, updates and batches. Evaluations are dopri5's at 1e-5, of the field alone, means over rows of test data; the first row of each
 table is the floor, what a constant field takes. A run counts where its test loss is at most 2 % above the plain one's. The run with
 the fewest evaluations of seed 0 is repeated with two more seeds, on the same test data; the bar is a mean ratio of 1.8, each seed's
