@@ -1,10 +1,10 @@
 """Samples of a flow with their log-likelihoods: what does one row a sample cost, each with steps of its own?
 
-10,000 samples of a trained field, N -> 8 gaussians by OT flow matching, and log p by the exact trace; three hidden layers of 64, with
-tanh, and with SELU, whose derivative jumps, so that the trace does too and adaptive solvers search for the places. Peers: diffrax under `jax.vmap`,
-tuned (first step given, no throw, steps bounded) and with the same method and tolerance; and the whole batch as one state, whose steps
-all rows share, with the loosest tolerance of a grid at which its error in log p is no more than a tenth above that of one row a sample.
-Errors are root mean squares over rows against a tight solve.
+10,000 samples of a trained field, N -> 8 gaussians by OT flow matching, and log p by the exact trace; three hidden layers of 64 with
+tanh, and with SELU, whose derivative jumps: so does the trace, and adaptive solvers search for the places. Peers: diffrax under
+`jax.vmap`, tuned (first step given, no throw, steps bounded) and with the same method and tolerance; and the whole batch as one state,
+whose steps all rows share, with the loosest tolerance of a grid at which its error in log p is no more than a tenth above that of one
+row a sample. Errors are root mean squares over rows against a tight solve.
 
 python -m benchmarks density_samples
 """
