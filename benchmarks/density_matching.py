@@ -2,8 +2,8 @@
 
 KL(q || p) in nats for M, K in {2, 8, 32} and three targets after Rezende & Mohamed 2015, their normalisation by a sum over a grid.
 The CNF trains with Adam for 10,000 iterations, the NF with RMSprop for 500,000, as in the paper; rates fall to 0 as a cosine, from 2e-3
-and from 1e-2, the better of four settings of RMSprop at K = 8. The grid
-of the CNF is another one in each iteration, so that it cannot learn the errors of one. python -m benchmarks density_matching
+and from 1e-2, the better of four settings of RMSprop at K = 8. The times of the CNF's steps are others in each iteration, so that it
+cannot learn the errors of one grid; it is tested with tolerances of 1e-5. python -m benchmarks density_matching
 """
 
 from benchmarks.measure import report, save
