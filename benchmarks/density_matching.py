@@ -19,7 +19,7 @@ import optax
 import jode
 from jode.models.density import CNF, Formula, Normal, PlanarField, PlanarMap, push
 
-SIZES, BATCH, BOX = (2, 8, 32), 128, 6.0
+SIZES, BATCH, BOX = (2, 8, 32), 128, 12.0
 ITERATIONS = {"CNF": 10_000, "NF": 500_000}
 TRAIN, TEST = jode.Fixed(jode.rk4, 16), jode.Adaptive(jode.dopri5, 1e-5, 1e-5)
 BASE = Normal(2)
@@ -81,7 +81,7 @@ def pushed(model, z, solver, warp=None):
 
 
 def log_normaliser(target):
-    n = 400
+    n = 1000
     axis = (jnp.arange(n) + 0.5) / n * 2 * BOX - BOX
     z = jnp.stack(jnp.meshgrid(axis, axis), -1).reshape(-1, 2)
     return jax.nn.logsumexp(jax.vmap(target)(z)) + 2 * jnp.log(2 * BOX / n)
