@@ -145,8 +145,9 @@ def draw(table, quick):
         for kind, color in (("CNF", "#2d6ca2"), ("NF", "#c6553b")):
             points = [(s, v) for (n, s, k), v in table.items() if n == name and k == kind]
             ax.plot(*zip(*points, strict=True), "-o", color=color, label=kind)
-        ax.set(title=name, xlabel="hidden units M, or layers K", ylabel="KL(q || p), nats", xscale="log")
+        ax.set(title=name, xlabel="hidden units M, or layers K", ylabel="KL(q || p), nats", xscale="log", yscale="log")
         ax.set_xticks(SIZES, map(str, SIZES))
+        ax.minorticks_off()
         ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].legend(frameon=False)
     save(figure, "density_matching", quick)
