@@ -32,6 +32,7 @@ STUDIES = (  # what networks do; by name, minutes each
     "tolerance",
     "density_matching",
     "flow_matching",
+    "density_samples",
     "fewer_evaluations",
     "spirals",
     "waves",

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from jode.batch import FEW
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,10 @@ class Exact:
         """f and its trace, exact."""
         dx, product = jax.linearize(lambda x: f(t, x, args), x)
         basis = jnp.eye(x.size, dtype=x.dtype)
-        rows = jax.vmap(lambda e: product(e.reshape(x.shape)).reshape(-1))(basis)
-        return dx, jnp.trace(rows)[None]
+        column = lambda e: product(e.reshape(x.shape)).reshape(-1)
+        if x.size <= FEW:  # one by one: over many rows products side by side leave the cache
+            return dx, reduce(jnp.add, [column(e)[i] for i, e in enumerate(basis)])[None]
+        return dx, jnp.trace(jax.vmap(column)(basis))[None]
 
 
 @dataclass(frozen=True)
