@@ -48,9 +48,9 @@ def main(quick=False):
 def row(data, found, kind):
     """Mean and standard deviation over seeds."""
     size, errors, within, ms = zip(*found, strict=True)
-    spread = f"{np.mean(errors):.4f} ± {np.std(errors):.4f}"
-    inside = "–" if within[0] is None else f"{np.mean(within):.4f} ± {np.std(within):.4f}"
-    line = [data, kind, size[0], spread, inside, ", ".join(f"{e:.4f}" for e in errors), f"{np.median(ms):.0f}"]
+    spread = lambda x: f"{np.mean(x):.4f} ± {np.std(x):.4f}" if len(x) > 1 else f"{x[0]:.4f}"
+    inside = "–" if within[0] is None else spread(within)
+    line = [data, kind, size[0], spread(errors), inside, ", ".join(f"{e:.4f}" for e in errors), f"{np.median(ms):.0f}"]
     print(line, flush=True)
     return line
 

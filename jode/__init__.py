@@ -1,5 +1,8 @@
 """jode: residual networks and neural ODEs as one object, seen at two step sizes."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jode.adjoint import Backprop, Backsolve, ForwardMode, MemoryFree
 from jode.depth import resnet
 from jode.grid import Adaptive, Fixed, Layers, Stats, Status
@@ -8,7 +11,26 @@ from jode.method import RungeKutta, bosh3, dopri5, dopri8, euler, heun, midpoint
 from jode.reversible import Momentum, Reversible, leapfrog, reversible_heun
 from jode.tableau import Tableau
 
+if TYPE_CHECKING:
+    from jode import audit as audit
+    from jode import data as data
+    from jode import depth as depth
+    from jode import models as models
+    from jode import regularize as regularize
+    from jode import train as train
+    from jode import validity as validity
+
 __version__ = "0.1.0"
+
+ROOMS = (
+    "audit",
+    "data",
+    "depth",
+    "models",
+    "regularize",
+    "train",
+    "validity",
+)  # each loads, with what it needs, where it is first used
 
 __all__ = [
     "Adaptive",
@@ -42,3 +64,14 @@ __all__ = [
     "solve",
     "tsit5",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`jode.validity` and the other rooms, after `import jode` alone."""
+    if name in ROOMS:
+        return importlib.import_module(f"jode.{name}")
+    raise AttributeError(f"module 'jode' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *ROOMS})

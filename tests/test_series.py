@@ -104,6 +104,19 @@ def test_the_encoder_is_causal_backwards(encoder):
     assert depends[0].all()
 
 
+def test_the_encoder_may_have_a_solver_of_its_own():
+    """The likelihood is that of a solve by one from the mean and deviation that the encoder finds by the other."""
+    model, s, key = latent(ODERNN), series(jax.random.key(1), 4), jax.random.key(2)
+    coarse = jode.Fixed(jode.euler, 1)
+    mean, std = model.encoder(s, 0.0, RK4)
+    true = log_likelihood(model.decode(sample(key, mean, std), 0.0, s.ts, solver=coarse), s, model.noise)
+    found = jax.jit(lambda s: elbo(model, key, s, solver=coarse, encoder_solver=RK4))(s)
+    np.testing.assert_allclose([found.likelihood, found.kl], [true, divergence(mean, std)], rtol=1e-12)
+    np.testing.assert_allclose(
+        model.predict(s, 0.0, s.ts, solver=coarse, encoder_solver=RK4), model.decode(mean, 0.0, s.ts, solver=coarse), rtol=1e-12
+    )
+
+
 def test_an_ode_rnn_flows_for_as_long_as_the_gaps_last():
     """The state that has read y_2 is carried down to t_1 by a solve, and then reads y_1."""
     module, s = latent(ODERNN).encoder, series(jax.random.key(1), 4)

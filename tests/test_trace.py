@@ -111,6 +111,13 @@ def test_other_modes_of_jax(mode):
     np.testing.assert_allclose(g, 4 * (1 - h + h * h / 2) ** 3 * (-h + h * h), rtol=1e-12)
 
 
-def test_importing_jode_loads_neither_diffrax_nor_optax():
-    code = "import sys, jode; assert not {'diffrax', 'optax', 'optimistix', 'matplotlib'} & set(sys.modules)"
+def test_importing_jode_loads_jax_alone_and_rooms_where_they_are_used():
+    code = (
+        "import sys, jode; heavy = {'diffrax', 'equinox', 'optax', 'optimistix', 'matplotlib'}; "
+        "assert not heavy & set(sys.modules), 'at the door'; "
+        "jode.validity.swap, jode.audit.gradient, jode.depth.distance, jode.regularize.kinetic; "
+        "assert not {'diffrax', 'equinox', 'optax'} & set(sys.modules), 'in the rooms'"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = jode.nonsense  # pyright: ignore
