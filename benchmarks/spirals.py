@@ -4,7 +4,8 @@ Spirals: 1,000 Archimedean spirals, half of them clockwise, 500 angles in three 
 with noise 0.3. Of the first 100 points 30, 50 or all are observed, drawn without replacement. Models are trained on the likelihood
 of the observed points and of the 100 later ones of 1,000 spirals; each update draws the observed points anew (of all 100 it shows a
 random part, at least 70 %, or the noise is learned by heart). The horizon of a latent ODE grows while it trains. They are tested on 1,000 others: from the observed points alone, the
-root mean square error, by coordinate, against the spiral without noise, at the 100 later points, and at the 100 of the window. python -m benchmarks spirals
+root mean square error, by coordinate, against the spiral without noise, at the 100 later points, and at the 100 of the window.
+python -m benchmarks spirals
 """
 
 from benchmarks.measure import report

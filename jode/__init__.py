@@ -22,15 +22,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-ROOMS = (
-    "audit",
-    "data",
-    "depth",
-    "models",
-    "regularize",
-    "train",
-    "validity",
-)  # each loads, with what it needs, where it is first used
+# Each loads, with what it needs, where it is first used.
+ROOMS = ("audit", "data", "depth", "models", "regularize", "train", "validity")
 
 __all__ = [
     "Adaptive",
