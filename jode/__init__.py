@@ -5,10 +5,24 @@ from typing import TYPE_CHECKING, Any
 
 from jode.adjoint import Backprop, Backsolve, ForwardMode, MemoryFree
 from jode.depth import resnet
-from jode.grid import Adaptive, Fixed, Layers, Stats, Status
+from jode.control import Adaptive, Fixed, Layers, Stats, Status
 from jode.ivp import Solution, SolveError, check, odeint, solve
-from jode.method import RungeKutta, bosh3, dopri5, dopri8, euler, heun, midpoint, ralston, rk4, tsit5
-from jode.reversible import Momentum, Reversible, leapfrog, reversible_heun
+from jode.method import (
+    Momentum,
+    Reversible,
+    RungeKutta,
+    bosh3,
+    dopri5,
+    dopri8,
+    euler,
+    heun,
+    leapfrog,
+    midpoint,
+    ralston,
+    reversible_heun,
+    rk4,
+    tsit5,
+)
 from jode.tableau import Tableau
 
 if TYPE_CHECKING:

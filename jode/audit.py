@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jode.adjoint import Adjoint, Backprop
-from jode.grid import Adaptive, Fixed
+from jode.control import Adaptive, Fixed
 from jode.ivp import spied
 from jode.tree import is_inexact
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jode.grid import Fixed
+from jode.control import Fixed
 from jode.ivp import odeint
 from jode.method import rk4
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jode.grid import Fixed
+from jode.control import Fixed
 from jode.ivp import odeint
 from jode.method import rk4
 

@@ -17,10 +17,12 @@ import numpy as np
 from jax import Array
 
 from jode.adjoint import Adjoint, Backprop
-from jode.grid import Adaptive, Fixed, Layers, Stats, Status
-from jode.march import Params, Plan, Problem, most_steps
+from jode.control import Adaptive, Solver, Stats, Status
+from jode.control.base import concrete
+from jode.march import Plan, Problem
 from jode.method import Method
-from jode.tree import Layout, State, depth_of, is_inexact, nan_unless, real_dtype, widest
+from jode.tree import Layout, State, is_inexact, nan_unless, widest
+from jode.window import Params
 
 
 class SolveError(RuntimeError):
@@ -73,10 +75,10 @@ def solve(f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Any = Adap
         f = _Spied(f, spy)
     y0 = _state(y0)
     ts = _times(ts, y0)
-    solver = _numbers(solver, y0)
+    solver = solver.checked(y0)
     dynamic, static = _partition((f, args, solver))
     run = _solve_jitted if _hashable(static) and _hashable(adjoint) else _solve
-    checked = all(_concrete(x) for x in (ts, *jax.tree.leaves(solver)))
+    checked = all(concrete(x) for x in (ts, *jax.tree.leaves(solver)))
     return run(y0, ts, dynamic, static, adjoint, checked)
 
 
@@ -153,27 +155,20 @@ def _check_callables(f: Any, y0: Any, solver: Any, adjoint: Any) -> None:
     if not callable(f):
         what = " (y0 comes second: solve(f, y0, ts, args))" if callable(y0) else ""
         raise TypeError(f"f must be a function f(t, y, args), got {type(f).__name__}{what}")
-    if not isinstance(solver, (Fixed, Adaptive, Layers)):
+    if not isinstance(solver, Solver):
         hint = ""
         if isinstance(solver, Method):
             adaptive = f"Adaptive({solver!r}) for steps chosen by their error, " if solver.embedded_order is not None else ""
             hint = f": write {adaptive}Fixed({solver!r}, steps) for equal steps, or Layers({solver!r}) for a network"
         raise TypeError(f"solver must be jode.Fixed, jode.Adaptive or jode.Layers, got {solver!r}{hint}")
-    if isinstance(solver, Layers) and getattr(f, "wants_all_layers", False):
+    if solver.layered and getattr(f, "wants_all_layers", False):
         raise TypeError("depth.field wants all layers, stacked, and Layers hands over one per step. Under Layers give f itself")
-    if isinstance(solver, Layers) and solver.degree not in (0, 1):
-        raise ValueError(f"Layers: degree must be 0 (one slice per step) or 1 (slices at the nodes), got {solver.degree!r}")
     if not isinstance(solver.method, Method):
         raise TypeError(f"solver's method must be a jode method such as jode.tsit5, got {solver.method!r}")
     if not isinstance(adjoint, Adjoint):
         raise TypeError(f"adjoint must be a value such as jode.Backprop(), got {adjoint!r}")
-    if refusal := adjoint.refusal(solver):
+    if refusal := solver.refusal() or adjoint.refusal(solver):
         raise ValueError(refusal)
-    if isinstance(solver, Adaptive) and solver.method.embedded_order is None:
-        raise ValueError(
-            f"Adaptive needs a method that estimates its error, and {solver.method!r} has no embedded method: "
-            "use heun, midpoint, ralston, bosh3, dopri5, tsit5 or dopri8, or Fixed"
-        )
 
 
 def _state(y0: Any) -> Any:
@@ -187,15 +182,11 @@ def _state(y0: Any) -> Any:
             raise TypeError(f"{name} must be a floating or complex array, got dtype {x.dtype}: write 1.0 for 1, or keep it in args")
         if jnp.finfo(x.dtype).bits < 16:
             raise TypeError(f"{name} has dtype {x.dtype}, too coarse to advance by small steps: use bfloat16, float16 or wider")
-        if _concrete(x) and not np.isfinite(np.asarray(x)).all():
+        if concrete(x) and not np.isfinite(np.asarray(x)).all():
             raise ValueError(f"{name} must be finite, got {np.asarray(x)}")
         return x
 
     return jax.tree_util.tree_map_with_path(leaf, y0)
-
-
-def _concrete(x: Any) -> bool:
-    return not isinstance(x, jax.core.Tracer)
 
 
 def _times(ts: Any, y0: Any) -> Any:
@@ -207,7 +198,7 @@ def _times(ts: Any, y0: Any) -> Any:
             raise TypeError(f"ts must be real, got dtype {t.dtype}")
     arrays = [t.dtype for t in parts if hasattr(t, "dtype") and not getattr(t, "weak_type", False) and is_inexact(t)]
     dtype = widest(*(jnp.result_type(d) for d in arrays or [x.dtype for x in jax.tree.leaves(y0)]), default=jnp.result_type(float))
-    known = all(_concrete(t) for t in given)
+    known = all(concrete(t) for t in given)
     xp = np if known else jnp  # under a trace only NumPy's arrays stay known
     out = xp.stack([xp.asarray(t, dtype) for t in given]) if isinstance(ts, (tuple, list)) and ts else xp.asarray(ts, dtype)
     if out.ndim != 1 or out.shape[0] < 2:
@@ -235,64 +226,7 @@ def _check_times(exact: np.ndarray, ts: np.ndarray) -> None:
 def _valid(ts: Array, solver: Any) -> Array:
     """Whether times and numbers that are traced are such as the checks at the door ask for."""
     steps = ts[1:] - ts[:-1]
-    valid = jnp.all(jnp.isfinite(ts)) & (jnp.all(steps >= 0) | jnp.all(steps <= 0))
-    if isinstance(solver, Fixed) and not isinstance(solver.steps, int):
-        valid = valid & (solver.steps >= 1) & (solver.steps <= (solver.max_steps or jnp.iinfo(jnp.int32).max))
-    if isinstance(solver, Adaptive):
-        numbers = [x for x in (solver.rtol, solver.atol, solver.first_step) if x is not None]
-        for x in numbers:
-            valid = valid & (x >= 0) & jnp.isfinite(x)
-        valid = valid & ((solver.rtol > 0) | (solver.atol > 0))
-    return valid
-
-
-def _numbers(solver: Any, y0: Any) -> Any:
-    """The solver with its numbers checked and made arrays, and a Python step count left as it is."""
-    if isinstance(solver, Layers):
-        return solver
-    if isinstance(solver, Fixed):
-        return _counted(solver)
-    if not isinstance(solver.max_steps, int) or solver.max_steps < 1:
-        raise ValueError(f"Adaptive: max_steps must be a positive int, got {solver.max_steps!r}")
-    dtypes = [real_dtype(x.dtype) for x in jax.tree.leaves(y0)] or [jnp.result_type(float)]
-    floor = 4 * max(float(jnp.finfo(d).eps) for d in dtypes)
-    tolerances = {}
-    for name in ("rtol", "atol", "first_step"):
-        value = getattr(solver, name)
-        if value is None and name == "first_step":
-            continue
-        value = (np if _concrete(value) else jnp).asarray(value, jnp.result_type(float))
-        if value.ndim:
-            raise ValueError(f"Adaptive: {name} must be a scalar, got shape {value.shape}")
-        if _concrete(value) and not (float(value) >= 0 and np.isfinite(float(value))):
-            raise ValueError(f"Adaptive: {name} must be finite and not negative, got {float(value)}")
-        tolerances[name] = value
-    rtol, atol = tolerances["rtol"], tolerances["atol"]
-    if _concrete(rtol) and _concrete(atol) and float(rtol) == 0 and float(atol) == 0:
-        raise ValueError("Adaptive: rtol and atol are both zero; no step can meet that: give at least one a positive value")
-    if _concrete(rtol) and 0 < float(rtol) < floor:
-        warnings.warn(
-            f"Adaptive: rtol={float(rtol):.1e} is below the resolution of the state's dtype; {floor:.1e} is used", stacklevel=3
-        )
-    xp = np if _concrete(rtol) else jnp
-    tolerances["rtol"] = xp.where(rtol > 0, xp.maximum(rtol, xp.asarray(floor, rtol.dtype)), rtol)
-    return replace(solver, **tolerances)
-
-
-def _counted(solver: Fixed) -> Fixed:
-    """`Fixed` with its step count checked: a Python int, or an int32 array."""
-    steps = solver.steps
-    if isinstance(steps, (int, np.integer)) and not isinstance(steps, bool):
-        if steps < 1:
-            raise ValueError(f"Fixed: steps must be at least 1, got {steps}")
-        return replace(solver, steps=int(steps))
-    steps = (np if _concrete(steps) else jnp).asarray(steps)
-    if steps.ndim or not jnp.issubdtype(steps.dtype, jnp.integer):
-        raise TypeError(f"Fixed: steps must be an int or an integer scalar, got {solver.steps!r}")
-    if _concrete(steps) and not 1 <= int(steps) <= (solver.max_steps or int(steps)):
-        bound = "" if solver.max_steps is None else f" and at most max_steps = {solver.max_steps}"
-        raise ValueError(f"Fixed: steps must be at least 1{bound}, got {int(steps)}")
-    return replace(solver, steps=steps.astype(jnp.int32))
+    return jnp.all(jnp.isfinite(ts)) & (jnp.all(steps >= 0) | jnp.all(steps <= 0)) & solver.valid()
 
 
 def _partition(tree: Any) -> tuple[list, Any]:
@@ -328,18 +262,14 @@ def _solve(y0: Any, ts: Array, dynamic: list, static: Any, adjoint: Any, checked
         ts = jnp.where(valid, ts, 0)
         packed = tuple(jnp.where(valid, x, nan_unless(valid, jnp.zeros_like(x))) for x in packed)
         solver = jax.tree.map(lambda x: x if isinstance(x, int) else jnp.where(valid, x, 1).astype(x.dtype), solver)
-    depth, steps, numbers = _shape(solver, args, ts)
-    field, params, effects = close(f, ts, y0, args, layout, depth)
-    still = (
-        replace(solver, rtol=0, atol=0, first_step=None if solver.first_step is None else 0)
-        if isinstance(solver, Adaptive)
-        else solver
-    )
+    intervals = ts.shape[0] - 1
+    layers = solver.layers(args, intervals)
+    steps = solver.steps_between(intervals, layers)
+    field, params, effects = close(f, ts, y0, args, layout, layers)
     weights = sum(x.size for x in (*params.shared, *params.layers))
-    saves, degree = ts.shape[0], getattr(solver, "degree", 0)
-    still = replace(still, method=solver.method.for_steps(most_steps(solver, saves, steps)))
-    plan = Plan(field, still, layout, saves, ts.dtype, steps, weights, depth, degree, effects)
-    outcome = adjoint.solve(plan, Problem(ts, packed, params, numbers))
+    method = solver.method.for_steps(solver.most_steps(intervals, steps))
+    plan = Plan(field, replace(solver.static, method=method), layout, ts.shape[0], ts.dtype, steps, weights, effects)
+    outcome = adjoint.solve(plan, Problem(ts, packed, params, solver.numbers))
     stats, status, reached = outcome.stats, outcome.status, outcome.reached
     if valid is not None:
         stats = jax.tree.map(lambda n: jnp.where(valid, n, 0), stats)
@@ -350,23 +280,6 @@ def _solve(y0: Any, ts: Array, dynamic: list, static: Any, adjoint: Any, checked
 
 
 _solve_jitted = partial(jax.jit, static_argnums=(3, 4, 5), inline=True)(_solve)
-
-
-def _shape(solver: Any, args: Any, ts: Array) -> tuple[int | None, int | None, dict]:
-    """Depth, steps between save times, and the numbers that are data."""
-    if isinstance(solver, Adaptive):
-        return None, None, {k: v for k in ("rtol", "atol", "first_step") if (v := getattr(solver, k)) is not None}
-    if isinstance(solver, Fixed):
-        static = isinstance(solver.steps, int)
-        return None, solver.steps if static else None, {} if static else {"steps": solver.steps}
-    depth = depth_of(args, "args")
-    intervals, steps = ts.shape[0] - 1, depth - solver.degree
-    if steps < 1 or steps % intervals:
-        raise ValueError(
-            f"Layers: {depth} layers make {max(steps, 0)} steps, which do not divide evenly among the {intervals} intervals "
-            "between save times"
-        )
-    return depth, steps // intervals, {}
 
 
 def close(f: Callable, ts: Array, y0: Any, args: Any, layout: Layout, depth: int | None) -> tuple[Callable, Params, Any]:

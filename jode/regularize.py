@@ -20,7 +20,7 @@ from jax import Array
 from jax.experimental.jet import jet
 from jax.flatten_util import ravel_pytree
 
-from jode.grid import Fixed
+from jode.control import Fixed
 from jode.tree import real_dtype
 from jode.validity import local_errors
 

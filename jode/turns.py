@@ -1,7 +1,7 @@
 """A loop over many rows of which some want far more turns than others: all at once while most run, then the rest in groups.
 
 In one loop over all rows each waits for the slowest. A CPU, which takes them one after the other, is spared that by moving the few
-that are left side by side. An accelerator runs all rows at once and has nothing to gain from it.
+that are left side by side.
 """
 
 from __future__ import annotations
@@ -13,26 +13,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jode.batch import Rows
-
-GROUP = 512  # rows whose stages fit the cache of a CPU
-MANY = 8 * GROUP
-FEW = 8  # the rest is grouped when one row in so many is left
-
-
-def groups(rows: Rows) -> Rows | None:
-    """The rows of one group, where there are many, they lie last, and a CPU runs them."""
-    many = rows.size is not None and rows.axis == -1 and rows.size >= MANY
-    return Rows(GROUP, -1) if many and jax.default_backend() == "cpu" else None
+from jode.tuning import FEW_LEFT, GROUP
 
 
 def in_groups(run: Callable[[Any, Any], Any], left: Array, carry: Any, data: Any) -> Any:
-    """Finish the rows of the carry that are `left`, at most one in `FEW`, by run(carry, data) for `GROUP` of them at a time.
+    """Finish the rows of the carry that are `left`, at most one in `FEW_LEFT`, by run(carry, data) for `GROUP` of them at a time.
 
     Every array of carry and data has its rows last.
     """
     size = jax.tree.leaves(carry)[0].shape[-1]
-    most = -(-size // FEW // GROUP) * GROUP
+    most = -(-size // FEW_LEFT // GROUP) * GROUP
     index = jnp.arange(size, dtype=jnp.int32)
     which = jax.lax.sort(jnp.where(left.reshape(-1), index, size + index))[:most]  # compiles far sooner than jnp.nonzero
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jode
-from jode.batch import native
+from jode.native import native
 
 SOLVERS = {
     "fixed": jode.Fixed(jode.midpoint, 10),

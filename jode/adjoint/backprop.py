@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from jode.adjoint.discrete import Discrete
-from jode.march import Found, Known, Plan, Problem
+from jode.control import Grid
+from jode.march import March, Plan, Problem
 from jode.tree import State, put, stack_zeros, take, where
+from jode.tuning import BUDGET, PLENTY
 
-BUDGET = 2**26  # bytes of states that the default stores
-PLENTY = 1000  # checkpoints that reverse half a million steps with two repetitions of each
 AUTO = "auto"
 
 
@@ -50,7 +50,7 @@ class Backprop(Discrete):
         checkpoints = None if self.checkpoints is None else self.storage(plan, rows)
         return jnp.zeros_like(steps) if checkpoints is None else jnp.maximum(recomputed(steps, checkpoints), 0)
 
-    def recovery(self, march: Known | Found, problem: Problem, grid: Any, kept: tuple, ys: State) -> tuple[Any, Callable]:
+    def recovery(self, march: March, problem: Problem, grid: Grid, kept: tuple, ys: State) -> tuple[Any, Callable]:
         checkpoints = self.storage(march.plan, march.rows.size or 1)
         if checkpoints is None:
             return kept[1], lambda i, states: (take(states, i), states)
@@ -75,9 +75,9 @@ class Backprop(Discrete):
         return min(checkpoints, PLENTY) if self.checkpoints == AUTO else checkpoints
 
 
-def _recompute(march: Known | Found, problem: Problem, grid: Any, keep: int) -> tuple[Any, Callable]:
+def _recompute(march: March, problem: Problem, grid: Grid, keep: int) -> tuple[Any, Callable]:
     """Recover the state at the start of step i by marching on from the last of at most `keep` checkpoints before it."""
-    first = march.begin(problem)
+    first = march.initial(problem)[0]
     states = put(stack_zeros(keep, first), 0, first)
     store = (jnp.zeros((), jnp.int32), jnp.zeros(keep, jnp.int32), states)
 

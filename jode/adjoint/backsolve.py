@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jode.adjoint.rule import Adjoint, contained, drift, join, only_forward_over_reverse, only_in_reverse
-from jode.batch import Batch, native
-from jode.grid import Adaptive, Fixed, Status
-from jode.march import Cotangents, Found, Known, Outcome, Plan, Problem, inner, march_of
-from jode.method import RungeKutta, Stage
-from jode.search import depart, travel
+from jode.adjoint.rule import Adjoint, contained, drift, only_forward_over_reverse
+from jode.control import Adaptive, Fixed, Status
+from jode.march import Cotangents, March, Outcome, Problem, inner
+from jode.method import RungeKutta
+from jode.observe import Seen, Watch
 from jode.tree import State, add, increment, real_dtype, stack, take, zeros_like
+from jode.window import Params
 
 
 @dataclass(frozen=True)
@@ -44,59 +43,75 @@ class Backsolve(Adjoint):
 
     def refusal(self, solver: Any) -> str | None:
         back = self.solver or solver
-        if not isinstance(back, (Fixed, Adaptive)):
+        if back.layered:
             return (
                 "Backsolve solves an ODE backwards, and layers are not one: use MemoryFree or Backprop, or "
                 "jode.depth.field, which makes an ODE of them"
             )
         if not isinstance(back.method, RungeKutta):
             return f"Backsolve needs a Runge-Kutta method on the way back, not {back.method!r}: give Backsolve(solver=...)"
-        if isinstance(back, Adaptive) and back.method.embedded_order is None:
-            return f"Backsolve: Adaptive needs a method that estimates its error, and {back.method!r} does not"
-        return None
+        return f"Backsolve: {refusal}" if (refusal := back.refusal()) else None
 
-    def solve(self, plan: Plan, problem: Problem) -> Outcome:
-        return native(lambda batch: _differentiable(self, plan, batch), problem, promise=plan.promise)
+    def counted(self, plan: Any, rows: int, outcome: Outcome) -> Outcome:
+        """The way back chooses its own steps, later."""
+        return outcome._replace(stats=outcome.stats._replace(nfe_backward=jnp.zeros_like(outcome.stats.nfe_backward)))
 
+    def record(self, march: March, problem: Problem) -> tuple[Outcome, Any]:
+        return march.run(problem), ()
 
-def _differentiable(adjoint: Backsolve, plan: Plan, batch: Batch | None) -> Callable[[Problem], Outcome]:
-    def run(rows: Batch | None) -> Callable[[Problem], Outcome]:
-        march = march_of(plan, rows)
-
-        def run(problem: Problem) -> Outcome:
-            outcome = march.run(march.enter(problem))
-            unknown = jnp.zeros((), jnp.int32)  # the way back chooses its own steps, later
-            return march.leave(outcome._replace(stats=outcome.stats._replace(nfe_backward=unknown)))
-
-        return run
-
-    @jax.custom_vjp
-    def solve(moving: tuple, still: tuple) -> Outcome:
-        return run(batch)(join(moving, still))
-
-    def forward(moving: tuple, still: tuple) -> tuple:
-        problem = join(moving, still)
-        outcome = native(run, problem, promise=plan.promise) if batch is None else run(batch)(problem)
-        return outcome, (problem, outcome)
-
-    def backward(residuals: tuple, bar: Outcome) -> tuple:
-        problem, outcome = residuals
-        march = march_of(plan, batch)
+    def pull(self, march: March, problem: Problem, outcome: Outcome, kept: Any, ybar: State) -> tuple:
         rows = march.rows
         good = rows.column(outcome.good)
         failed = rows.column(outcome.status) != int(Status.success)
-        ys = tuple(rows.enter(x, True, 1) for x in outcome.ys)
-        pull = partial(_solve_back, adjoint, march, good, ys)
-        return only_forward_over_reverse(contained(march, problem, good, failed & ~good[1], bar.ys, pull)), None
-
-    solve.defvjp(forward, backward)
-    return only_in_reverse(adjoint, solve)
+        ys = tuple(rows.to_layout(x, True, 1) for x in outcome.ys)
+        back = partial(_solve_back, self, march, good, ys)
+        return only_forward_over_reverse(contained(march, problem, good, failed & ~good[1], ybar, back))
 
 
-def _solve_back(adjoint: Backsolve, march: Known | Found, good: Array, ys: State, problem: Problem, g: State) -> tuple:
-    """Cotangents of the problem, and the rows that went astray."""
+@dataclass(frozen=True, eq=False)
+class Integrals(Watch):
+    """-∫ (∂f/∂(θ, t))ᵀ a dt: each step adds -h Σ b_i (∂f/∂(θ, t))ᵀ a_i over its stages."""
+
+    march: March  # of the solve, whose field is not augmented
+
+    def init(self, march: March, problem: Problem, s: State, control: Any) -> tuple:
+        return zeros_like(problem.params.shared), march.rows.spread(jnp.zeros((), problem.ts.dtype))
+
+    def step(self, march: March, problem: Problem, carry: tuple, seen: Seen) -> tuple:
+        tableau, window, s, params = march.plan.solver.method.tableau, seen.window, seen.s, problem.params
+        t, h, m = window.t, window.h, len(s) // 2
+        used = [i for i, b in enumerate(tableau.b) if b]
+        stages = stack([increment(s, h, tableau.rows[i], seen.slopes[:i]) for i in used])
+        nodes, weights = (jnp.asarray([x[i] for i in used], h.dtype) for x in (tableau.c, tableau.b))
+        accept = True if seen.accept is None else seen.accept
+
+        def stage(sums: tuple, xs: tuple) -> tuple:
+            c, b, s = xs
+            weight = jnp.where(accept, -b * h, 0)
+            F = lambda t, shared: self.march.F(t, s[:m], params._replace(shared=shared))
+            _, back = jax.vjp(F, t + c * h, params.shared)
+            tbar, shared = back(tuple(weight.astype(real_dtype(x.dtype)).astype(x.dtype) * x for x in s[m:]))
+            return (add(sums[0], shared), sums[1] + tbar), None
+
+        return jax.lax.scan(stage, carry, (nodes, weights, stages))[0]
+
+
+def _solve_back(adjoint: Backsolve, march: March, good: Array, ys: State, problem: Problem, g: State) -> tuple:
+    """Cotangents of the problem, and the rows whose way back failed or drifted."""
     rows, ts, params, F = march.rows, problem.ts, problem.params, march.F
     ys = tuple(jnp.where(rows.over_time(good), x, y[None]) for x, y in zip(ys, problem.y0, strict=True))
+    m = len(ys)
+
+    def augmented(t: Array, s: State, params: Params) -> State:
+        k, back = jax.vjp(lambda y: F(t, y, params), s[:m])
+        return (*k, *(-x for x in back(s[m:])[0]))
+
+    solver, numbers, steps = march.solver, problem.numbers, march.plan.steps
+    if adjoint.solver is not None:
+        given = adjoint.solver.checked(tuple(y[0] for y in ys))
+        solver, steps = given.static, given.steps_between(1, None)
+        numbers = {k: jnp.asarray(v) for k, v in given.numbers.items()}
+    back = replace(march, plan=replace(march.plan, solver=solver, saves=2, steps=steps), F=augmented)
 
     def interval(carry: tuple, i: Array) -> tuple:
         a, shared, t0bar, wrong = carry
@@ -106,8 +121,11 @@ def _solve_back(adjoint: Backsolve, march: Known | Found, good: Array, ys: State
         a = add(a, gi)
         idle = _zero(rows, a)
         span = jnp.stack([jnp.where(idle, end, start), rows.spread(end)])
-        (y, a), (shared_i, tbar), lost = _interval(adjoint, march, span, y, a, problem)
-        lost = lost | ~(drift(march, y, take(ys, i - 1), ys) <= adjoint.max_drift)
+        c, _, _ = back.march(Problem(span, (*y, *a), params, numbers), (Integrals(march),))
+        (y, a), (shared_i, tbar) = (c.s[:m], c.s[m:]), c.observed[0]
+        lost = ~(drift(march, y, take(ys, i - 1), ys) <= adjoint.max_drift)
+        if not solver.lands:
+            lost = lost | ~solver.arrived(span, c.control)
         return (a, add(shared, shared_i), t0bar - here + tbar, wrong | (lost & ~idle)), here
 
     zero = rows.spread(jnp.zeros((), ts.dtype))
@@ -118,7 +136,7 @@ def _solve_back(adjoint: Backsolve, march: Known | Found, good: Array, ys: State
     if rows.size is not None and problem.ts.ndim == 1:
         tsbar = jnp.sum(tsbar, axis=(1, 2))
     a = add(a, tuple(x[0] for x in g))
-    return Cotangents(a, tsbar.reshape(problem.ts.shape), shared, zeros_like(params.layers), None), wrong
+    return Cotangents(a, tsbar.reshape(problem.ts.shape), shared, zeros_like(params.layers), None, None), wrong
 
 
 def _zero(rows: Any, a: State) -> Array:
@@ -126,62 +144,3 @@ def _zero(rows: Any, a: State) -> Array:
     for x in a:
         total = total & rows.all(x == 0)
     return total
-
-
-def _interval(adjoint: Backsolve, march: Known | Found, span: Array, y: State, a: State, problem: Problem) -> tuple:
-    """Y and a at the end of the span, the integrals for the shared parameters and for t over it, and the rows that failed."""
-    solver = adjoint.solver or march.plan.solver
-    rows, method, params = march.rows, solver.method, problem.params
-    m = len(y)
-
-    def F(t: Array, s: State, shared: list) -> State:
-        return march.F(t, s, params._replace(shared=shared))
-
-    def augmented(t: Array, s: State) -> State:
-        k, back = jax.vjp(lambda y: F(t, y, params.shared), s[:m])
-        return (*k, *(-x for x in back(s[m:])[0]))
-
-    def inside(t: Array, h: Array) -> Stage:
-        return lambda c, s: augmented(t + c * h, s)
-
-    def watch(sums: tuple, t: Array, h: Array, s: State, K: list[State], accept: Any) -> tuple:
-        """The integrals with one step added: -h Σ b_i (∂f/∂(θ, t))ᵀ a_i over its stages."""
-        tableau = method.tableau
-        used = [i for i, b in enumerate(tableau.b) if b]
-        stages = stack([increment(s, h, tableau.rows[i], K[:i]) for i in used])
-        nodes, weights = (jnp.asarray([x[i] for i in used], h.dtype) for x in (tableau.c, tableau.b))
-
-        def stage(sums: tuple, xs: tuple) -> tuple:
-            c, b, s = xs
-            weight = jnp.where(accept, -b * h, 0)
-            _, back = jax.vjp(lambda t, shared: F(t, s[:m], shared), t + c * h, params.shared)
-            tbar, shared = back(tuple(weight.astype(real_dtype(x.dtype)).astype(x.dtype) * x for x in s[m:]))
-            return (add(sums[0], shared), sums[1] + tbar), None
-
-        return jax.lax.scan(stage, sums, (nodes, weights, stages))[0]
-
-    s, sums = (*y, *a), (zeros_like(params.shared), rows.spread(jnp.zeros((), span.dtype)))
-    if isinstance(solver, Adaptive):
-        numbers = problem.numbers if adjoint.solver is None else _numbers(solver)
-        slope = augmented(rows.spread(span[0]), s)
-        found = depart(solver, augmented, rows, span, s, slope, numbers, seen=sums)
-        found = travel(solver, inside, rows, span, numbers, found, watch=watch)
-        return (found.s[:m], found.s[m:]), found.seen, found.t != span[-1]
-    steps = march.count(problem) if adjoint.solver is None and isinstance(march, Known) else solver.steps
-    width = (span[1] - span[0]) / (steps if isinstance(steps, int) else steps.astype(span.dtype))
-
-    def step(k: Array, carry: tuple) -> tuple:
-        s, sums = carry
-        h = jnp.where(k < steps, width, 0)
-        t = span[0] + k.astype(h.dtype) * width
-        K = method.slopes(inside(t, h), h, s)
-        return increment(s, h, method.tableau.b, K), watch(sums, t, h, s, K, True)
-
-    most = steps if isinstance(steps, int) else jnp.max(steps)
-    s, sums = jax.lax.fori_loop(0, most, lambda k, carry: step(jnp.asarray(k, jnp.int32), carry), (s, sums))
-    return (s[:m], s[m:]), sums, jnp.zeros_like(span[0], bool)
-
-
-def _numbers(solver: Adaptive) -> dict:
-    numbers = {"rtol": solver.rtol, "atol": solver.atol, "first_step": solver.first_step}
-    return {k: jnp.asarray(v, jnp.result_type(float)) for k, v in numbers.items() if v is not None}

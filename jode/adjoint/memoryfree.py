@@ -12,9 +12,10 @@ from jax import Array
 
 from jode.adjoint.discrete import Discrete
 from jode.adjoint.rule import drift
-from jode.march import Found, Known, Plan, Problem
-from jode.reversible import GROWTH, SEGMENTS
+from jode.control import Grid
+from jode.march import March, Plan, Problem
 from jode.tree import State, real_dtype, take, where
+from jode.tuning import GROWTH, SEGMENTS
 
 AUTO = "auto"
 
@@ -54,20 +55,20 @@ class MemoryFree(Discrete):
     def again(self, plan: Plan, rows: int, steps: Array) -> Array:
         return steps
 
-    def lost(self, march: Known | Found) -> bool:
-        return isinstance(march, Known) and march.method.parts > 1
+    def unrecoverable(self, march: March) -> bool:
+        return march.solver.lands and march.method.parts > 1
 
-    def recovery(self, march: Known | Found, problem: Problem, grid: Any, kept: tuple, ys: State) -> tuple[Any, Callable]:
+    def recovery(self, march: March, problem: Problem, grid: Grid, kept: tuple, ys: State) -> tuple[Any, Callable]:
         last, anchors = kept
         keep = self.keep(march.plan, march.rows.size or 1)
 
         def recover(i: Array, s1: State) -> tuple[State, State]:
-            s = march.retreat(problem, grid, i, s1, ys)
+            s = march.invert(problem, grid, i, s1, ys)
             if keep:
                 s = where(i % keep == 0, take(anchors, i // keep), s)
             return s, s
 
         return last, recover
 
-    def astray(self, march: Known | Found, problem: Problem, first: State, ys: State) -> Array:
+    def drifted(self, march: March, problem: Problem, first: State, ys: State) -> Array:
         return ~(drift(march, march.method.read(first), problem.y0, ys) <= self.max_drift)

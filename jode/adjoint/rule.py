@@ -1,4 +1,4 @@
-"""What every derivative rule of a march shares: which operands move, and how failures are kept where they happened."""
+"""What every derivative rule of a march shares: its three forms, and how failures are kept where they happened."""
 
 from __future__ import annotations
 
@@ -9,52 +9,77 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jode.batch import only_forward, only_reverse
-from jode.march import Cotangents, Found, Known, Outcome, Params, Plan, Problem
+from jode.native import Batch, Rule, native, only_forward
+from jode.march import Cotangents, March, Outcome, Plan, Problem, moving_of, problem_of
 from jode.tree import State, magnitude, nan_unless, widest
 
 
 class Adjoint:
-    """A derivative rule for a march."""
+    """A derivative rule for a march: what the way back needs, and the way back. Both get the march as a value.
+
+    Forward derivatives are the march's own, whatever the adjoint: exact, of the numbers computed.
+    """
 
     def refusal(self, solver: Any) -> str | None:
         """Why this adjoint cannot serve this solver, if it cannot."""
         return None
 
-    def solve(self, plan: Plan, problem: Problem) -> Outcome:
-        """The outcome of the march, differentiable; under `vmap` it runs as one batch, and so does its derivative."""
+    def record(self, march: March, problem: Problem) -> tuple[Outcome, Any]:
+        """The outcome, and what the way back needs, each array led by the rows of a batch."""
         raise NotImplementedError
 
+    def pull(self, march: March, problem: Problem, outcome: Outcome, kept: Any, ybar: State) -> tuple:
+        """Cotangents of (ts, y0, shared, layers) from those of the saved states, all as `Outcome` and `Problem` have them outside."""
+        raise NotImplementedError
 
-def split(problem: Problem) -> tuple[tuple, tuple]:
-    """What carries cotangents, and what does not."""
-    p = problem.params
-    return (problem.ts, problem.y0, p.shared, p.layers), (p.fixed, p.fixed_layers, problem.numbers)
+    def counted(self, plan: Plan, rows: int, outcome: Outcome) -> Outcome:
+        """The outcome with the evaluations of the way back counted."""
+        return outcome
+
+    def solve(self, plan: Plan, problem: Problem) -> Outcome:
+        """The outcome of the march, differentiable; under `vmap` it runs as one batch, and so does its derivative."""
+
+        def run(batch: Batch | None, platform: str | None) -> Callable:
+            march = March.of(plan, batch, platform)
+
+            def form(moving: tuple, still: tuple) -> tuple:
+                outcome = march.from_layout(march.run(march.to_layout(problem_of(moving, still))))
+                return _parts(self.counted(plan, _rows(batch), outcome))
+
+            return form
+
+        def record(batch: Batch | None, platform: str | None) -> Callable:
+            march = March.of(plan, batch, platform)
+
+            def form(moving: tuple, still: tuple) -> tuple:
+                outcome, kept = self.record(march, march.to_layout(problem_of(moving, still)))
+                return *_parts(self.counted(plan, _rows(batch), march.from_layout(outcome))), kept
+
+            return form
+
+        def pull(batch: Batch | None, platform: str | None) -> Callable:
+            march = March.of(plan, batch, platform)
+
+            def form(moving: tuple, still: tuple, values: State, rest: tuple, kept: Any, ybar: State) -> tuple:
+                return self.pull(march, problem_of(moving, still), Outcome(values, *rest), kept, ybar)
+
+            return form
+
+        values, rest = native(Rule(run, record, pull), *moving_of(problem), plan.promise)
+        return Outcome(values, *rest)
 
 
-def only_in_reverse(adjoint: Adjoint, solve: Callable[[tuple, tuple], Outcome]) -> Callable[[Problem], Outcome]:
-    """solve(moving, still), which has a rule for reverse mode, of a problem; differentiating it forwards is refused in words."""
-    message = (
-        f"{type(adjoint).__name__} gives gradients (jax.grad, jax.vjp, jax.jacrev) and their forward derivatives (jax.hessian). "
-        "For jax.jvp, jax.jacfwd or jax.linearize of the solve itself use adjoint=jode.ForwardMode()"
-    )
-
-    def differentiable(problem: Problem) -> Outcome:
-        moving, still = split(problem)
-        return solve(only_reverse(moving, message), still)
-
-    return differentiable
+def _parts(outcome: Outcome) -> tuple:
+    """What of an outcome has derivatives, and the rest."""
+    return outcome.ys, tuple(outcome[1:])
 
 
-def join(moving: tuple, still: tuple) -> Problem:
-    """The inverse of `split`."""
-    ts, y0, shared, layers = moving
-    fixed, fixed_layers, numbers = still
-    return Problem(ts, y0, Params(shared, layers, fixed, fixed_layers), numbers)
+def _rows(batch: Batch | None) -> int:
+    return batch.size if batch else 1
 
 
 def contained(
-    march: Known | Found,
+    march: March,
     problem: Problem,
     good: Array,
     broken: Array,
@@ -67,30 +92,30 @@ def contained(
     what it touches NaN. So does a row that goes wrong in reverse, with any cotangent at all.
     """
     rows = march.rows
-    g = tuple(rows.enter(x, True, 1) for x in ybar)
+    g = tuple(rows.to_layout(x, True, 1) for x in ybar)
     mask = rows.over_time(good)
-    poisoned = jnp.zeros_like(broken)
+    spoiled = jnp.zeros_like(broken)
     touched = jnp.zeros_like(broken)
     for x in g:
-        poisoned = poisoned | ~rows.all(jnp.all(mask | (x == 0), axis=0))
+        spoiled = spoiled | ~rows.all(jnp.all(mask | (x == 0), axis=0))
         touched = touched | ~rows.all(jnp.all(x == 0, axis=0))
     g = tuple(jnp.where(mask, x, 0) for x in g)
-    c, wrong = pull(march.heal(march.enter(problem), broken), g)
-    poisoned = poisoned | (wrong & touched)
-    ts, y, shared, layers = march.leave_cotangents(c)
-    broken, poisoned = rows.flat(broken), rows.flat(poisoned)
+    c, wrong = pull(march.replace_failed(march.to_layout(problem), broken), g)
+    spoiled = spoiled | (wrong & touched)
+    ts, y, shared, layers = march.cotangents_from_layout(c)
+    broken, spoiled = rows.flat(broken), rows.flat(spoiled)
 
     def settle(x: Array, mapped: bool, zero: Array = broken) -> Array:
         if not (mapped or rows.size is None):
-            zero, bad = jnp.all(zero), jnp.any(poisoned)
+            zero, bad = jnp.all(zero), jnp.any(spoiled)
         else:
             shape = (-1,) + (1,) * (x.ndim - 1) if rows.size is not None else ()
-            zero, bad = zero.reshape(shape), poisoned.reshape(shape)
+            zero, bad = zero.reshape(shape), spoiled.reshape(shape)
         return nan_unless(~bad, jnp.where(zero, 0, x).astype(x.dtype))
 
     def settle_stack(x: Array, mapped: bool) -> Array:
         """The same; without a failure the stack of all layers stays in the buffer that the march wrote it to."""
-        return jax.lax.cond(jnp.any(broken | poisoned), lambda x: settle(x, mapped), lambda x: x, x)
+        return jax.lax.cond(jnp.any(broken | spoiled), lambda x: settle(x, mapped), lambda x: x, x)
 
     flags = march.mapped or jax.tree.map(lambda _: False, problem)
     return (
@@ -101,7 +126,7 @@ def contained(
     )
 
 
-def drift(march: Known | Found, found: State, true: State, ys: State) -> Array:
+def drift(march: March, found: State, true: State, ys: State) -> Array:
     """How far a recovered state is from the true one, against the largest saved state of its row (root mean squares)."""
     rows = march.rows
     gap = size = rows.spread(jnp.zeros((), widest(*(x.dtype for x in true), default=jnp.float32)))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from jode.grid import Adaptive, Fixed
+from jode.control import Adaptive, Fixed
 from jode.method import Method, dopri5, euler, heun, midpoint
 
 

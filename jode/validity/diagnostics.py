@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from jode.grid import Fixed
+from jode.control import Fixed
 from jode.ivp import odeint
 from jode.method import Method
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jode.grid import Adaptive, Fixed
+from jode.control import Adaptive, Fixed
 from jode.method import dopri8
 from jode.validity import paired
 from jode.validity.paired import OUTSIDE, UNDECIDED, UNTESTED, WITHIN, Change

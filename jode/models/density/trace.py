@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jode.batch import FEW
+from jode.tuning import WRITTEN_OUT as FEW
 
 
 @dataclass(frozen=True)

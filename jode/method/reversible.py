@@ -8,12 +8,11 @@ from typing import Any
 
 from jax import Array
 
-from jode.method import Method, RungeKutta, Stage
+from jode.method.base import Method, Step
+from jode.method.runge_kutta import RungeKutta
 from jode.tree import State, add, increment, work_dtype
-
-# Over n / SEGMENTS steps backwards a rounding error grows at most by GROWTH: see Reversible and MemoryFree.
-SEGMENTS, GROWTH = 16, 100.0
-_TRAPEZOID = ((1.0, -0.5), (0.0, 0.5))  # the quadratic with slopes k_1 and k_2 at its ends
+from jode.tuning import GROWTH, SEGMENTS
+from jode.window import Window
 
 
 @dataclass(frozen=True)
@@ -67,32 +66,30 @@ class Reversible(Method):
     def start(self, y: State, slope: Callable[[], State]) -> State:
         return (*y, *y)
 
-    def _advance(self, G: Stage, h: Array, y: State, z: State, ks: list[State]) -> State:
-        near = increment(_mix(self.weight, y, z), h, self.method.tableau.b, ks)
-        return (*near, *self._partner(G, -h, z, near, -1.0))
+    def _partner(self, window: Window, z: State, near: State, sign: float) -> State:
+        """z ± Ψ_-h(t + h, y1), the half of a step that its inverse undoes first."""
+        back = window.ends_swapped()
+        ks = self.method.slopes(back, near)
+        return increment(z, back.h, tuple(sign * b for b in self.method.tableau.b), ks)
 
-    def _partner(self, G: Stage, back: Array, z: State, near: State, sign: float) -> State:
-        """z ± Ψ_-h(t + h, y1), the half of a step that its inverse undoes first; `back` is -h."""
-        ks = self.method.slopes(lambda c, x: G(1 - c, x), back, near)
-        return increment(z, back, tuple(sign * b for b in self.method.tableau.b), ks)
-
-    def step(self, G: Stage, h: Array, s: State) -> State:
+    def step(self, window: Window, s: State, slope: Any = ()) -> Step:
         y, z = _halves(s)
-        return self._advance(G, h, y, z, self.method.slopes(G, h, z))
+        ks = self.method.slopes(window, z)
+        near = increment(_mix(self.weight, y, z), window.h, self.method.tableau.b, ks)
+        return Step((*near, *self._partner(window, z, near, -1.0)), ks)
 
-    def inverse(self, G: Stage, h: Array, s1: State) -> State:
+    def inverse(self, window: Window, s1: State) -> State:
         y1, z1 = _halves(s1)
-        z = self._partner(G, -h, z1, y1, 1.0)
+        z = self._partner(window, z1, y1, 1.0)
         weights = tuple(-b / self.weight for b in self.method.tableau.b)
-        return (*increment(_mix(1 / self.weight, y1, z), h, weights, self.method.slopes(G, h, z)), *z)
+        return (*increment(_mix(1 / self.weight, y1, z), window.h, weights, self.method.slopes(window, z)), *z)
 
-    def trial(self, G: Stage, h: Array, s: State, memo: Any) -> tuple[State, list[State], Any]:
-        y, z = _halves(s)
-        ks = self.method.slopes(G, h, z, upto=self.method.tableau.stages + 1)
-        return self._advance(G, h, y, z, ks[:-1]), ks, ()
+    def estimated(self, window: Window, s: State, step: Step) -> Step:
+        known, upto = step.slopes, self.method.tableau.stages + 1
+        return step._replace(slopes=self.method.slopes(window, _halves(s)[1], known, upto))
 
-    def refine(self, G: Stage, h: Array, s: State, K: list[State]) -> list[State]:
-        return self.method.refine(G, h, _halves(s)[1], K)
+    def refined(self, window: Window, s: State, K: list[State]) -> list[State]:
+        return self.method.refined(window, _halves(s)[1], K)
 
     def errors(self, h: Array, K: list[State], s: State, s1: State) -> list[State]:
         """The estimates of `method`, and to each what the step adds to the gap: y1 - z1 - λ (y - z), which falls with h."""
@@ -118,7 +115,6 @@ class ReversibleHeun(Method):
     parts = 3
     exact = True
     error = ((-0.5, 0.5),)
-    dense = _TRAPEZOID
 
     def __repr__(self) -> str:
         return "jode.reversible_heun"
@@ -126,20 +122,17 @@ class ReversibleHeun(Method):
     def start(self, y: State, slope: Callable[[], State]) -> State:
         return (*y, *y, *slope())
 
-    def step(self, G: Stage, h: Array, s: State) -> State:
-        return self.trial(G, h, s, ())[0]
+    def step(self, window: Window, s: State, slope: Any = ()) -> Step:
+        h, (y, shadow, k) = window.h, _thirds(s)
+        shadow1 = increment(_mix(2.0, y, shadow), h, (1.0,), [k])
+        k1 = window(1.0, shadow1)
+        return Step((*increment(y, h, (0.5, 0.5), [k, k1]), *shadow1, *k1), [k, k1])
 
-    def trial(self, G: Stage, h: Array, s: State, memo: Any) -> tuple[State, list[State], Any]:
-        y, shadow, slope = _thirds(s)
-        shadow1 = increment(_mix(2.0, y, shadow), h, (1.0,), [slope])
-        slope1 = G(1.0, shadow1)
-        return (*increment(y, h, (0.5, 0.5), [slope, slope1]), *shadow1, *slope1), [slope, slope1], ()
-
-    def inverse(self, G: Stage, h: Array, s1: State) -> State:
-        y1, shadow1, slope1 = _thirds(s1)
-        shadow = increment(_mix(2.0, y1, shadow1), -h, (1.0,), [slope1])
-        slope = G(0.0, shadow)
-        return (*increment(y1, -h, (0.5, 0.5), [slope, slope1]), *shadow, *slope)
+    def inverse(self, window: Window, s1: State) -> State:
+        h, (y1, shadow1, k1) = window.h, _thirds(s1)
+        shadow = increment(_mix(2.0, y1, shadow1), -h, (1.0,), [k1])
+        k = window(0.0, shadow)
+        return (*increment(y1, -h, (0.5, 0.5), [k, k1]), *shadow, *k)
 
 
 @dataclass(frozen=True)
@@ -156,7 +149,6 @@ class Leapfrog(Method):
     parts = 2
     exact = True
     error = ((-0.5, 0.5),)
-    dense = _TRAPEZOID
 
     def __repr__(self) -> str:
         return "jode.leapfrog"
@@ -164,17 +156,14 @@ class Leapfrog(Method):
     def start(self, y: State, slope: Callable[[], State]) -> State:
         return (*y, *slope())
 
-    def step(self, G: Stage, h: Array, s: State) -> State:
-        z, v = _halves(s)
-        u = G(0.5, increment(z, h, (0.5,), [v]))
-        return (*increment(z, h, (1.0,), [u]), *_mix(2.0, u, v))
+    def step(self, window: Window, s: State, slope: Any = ()) -> Step:
+        h, (z, v) = window.h, _halves(s)
+        u = window(0.5, increment(z, h, (0.5,), [v]))
+        v1 = _mix(2.0, u, v)
+        return Step((*increment(z, h, (1.0,), [u]), *v1), [v, v1])
 
-    def inverse(self, G: Stage, h: Array, s1: State) -> State:
-        return self.step(lambda c, y: G(1 - c, y), -h, s1)
-
-    def trial(self, G: Stage, h: Array, s: State, memo: Any) -> tuple[State, list[State], Any]:
-        s1 = self.step(G, h, s)
-        return s1, [_halves(s)[1], _halves(s1)[1]], ()
+    def inverse(self, window: Window, s1: State) -> State:
+        return self.step(window.ends_swapped(), s1).state
 
 
 @dataclass(frozen=True)
@@ -192,7 +181,6 @@ class Momentum(Method):
     parts = 2
     exact = True
     error = ()
-    dense = _TRAPEZOID
 
     def __post_init__(self) -> None:
         if not 0 < self.momentum < 1:
@@ -205,15 +193,15 @@ class Momentum(Method):
     def start(self, y: State, slope: Callable[[], State]) -> State:
         return (*y, *slope())
 
-    def step(self, G: Stage, h: Array, s: State) -> State:
+    def step(self, window: Window, s: State, slope: Any = ()) -> Step:
         x, v = _halves(s)
-        v1 = _mix(self.momentum, v, G(0.0, x))
-        return (*increment(x, h, (1.0,), [v1]), *v1)
+        v1 = _mix(self.momentum, v, window(0.0, x))
+        return Step((*increment(x, window.h, (1.0,), [v1]), *v1), [v, v1])
 
-    def inverse(self, G: Stage, h: Array, s1: State) -> State:
+    def inverse(self, window: Window, s1: State) -> State:
         x1, v1 = _halves(s1)
-        x = increment(x1, -h, (1.0,), [v1])
-        return (*x, *_mix(1 / self.momentum, v1, G(0.0, x)))
+        x = increment(x1, -window.h, (1.0,), [v1])
+        return (*x, *_mix(1 / self.momentum, v1, window(0.0, x)))
 
 
 def _halves(s: State) -> tuple[State, State]:

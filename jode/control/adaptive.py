@@ -1,0 +1,280 @@
+"""Steps chosen by their error: the grid is found while marching."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jode.control.base import Grid, Solver, Status, as_known, concrete
+from jode.method import Method, Step, tsit5
+from jode.rows import Rows
+from jode.tree import State, increment, magnitude, nan_unless, real_dtype, widest, zeros_like
+from jode.window import Window
+
+if TYPE_CHECKING:
+    from jode.march import March, Problem
+
+_static: Any = partial(field, metadata={"static": True})
+
+
+class Progress(NamedTuple):
+    """The carry of the control, in columns: the time reached, the width of the next step (0 where a row is done), the scaled
+    errors of the last steps; how many steps were accepted and tried, and how often the loop ran."""
+
+    t: Array
+    h: Array
+    errors: tuple[Array, ...]
+    accepted: Array
+    tried: Array
+    loops: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Adaptive(Solver):
+    """Steps chosen so that the estimated local error stays below atol + rtol |y| (root mean square over the state).
+
+    A PID controller sets the next step: h ← h · clip(safety · e^-(i+p+d)/q · e₋₁^(p+2d)/q · e₋₂^-d/q), e the scaled error
+    and q the order of the estimate plus one; (p, i, d) = (0, 1, 0) is the classical controller. The first step is
+    Hairer's (Hairer, Norsett & Wanner I, section II.4) unless given. Save times never force a step: states there are
+    interpolated to the method's own quality. At most `max_steps` steps are tried. Tolerances below 4 ulp of the state's
+    dtype are raised to that.
+    """
+
+    method: Method = _static(default=tsit5)
+    rtol: Any = 1e-6
+    atol: Any = 1e-6
+    max_steps: int = _static(default=4096)
+    first_step: Any = None
+    pcoeff: float = _static(default=0.0)
+    icoeff: float = _static(default=1.0)
+    dcoeff: float = _static(default=0.0)
+    safety: float = _static(default=0.9)
+    factor_min: float = _static(default=0.2)
+    factor_max: float = _static(default=10.0)
+
+    estimates = True
+    lands = False
+
+    def refusal(self) -> str | None:
+        if self.method.embedded_order is None:
+            return (
+                f"Adaptive needs a method that estimates its error, and {self.method!r} has no embedded method: "
+                "use heun, midpoint, ralston, bosh3, dopri5, tsit5 or dopri8, or Fixed"
+            )
+        return None
+
+    def checked(self, y0: Any) -> Adaptive:
+        if not isinstance(self.max_steps, int) or self.max_steps < 1:
+            raise ValueError(f"Adaptive: max_steps must be a positive int, got {self.max_steps!r}")
+        dtypes = [real_dtype(x.dtype) for x in jax.tree.leaves(y0)] or [jnp.result_type(float)]
+        floor = 4 * max(float(jnp.finfo(d).eps) for d in dtypes)
+        numbers = {}
+        for name, value in self.numbers.items():
+            value = as_known(value, jnp.result_type(float))
+            if value.ndim:
+                raise ValueError(f"Adaptive: {name} must be a scalar, got shape {value.shape}")
+            if concrete(value) and not (float(value) >= 0 and np.isfinite(float(value))):
+                raise ValueError(f"Adaptive: {name} must be finite and not negative, got {float(value)}")
+            numbers[name] = value
+        rtol, atol = numbers["rtol"], numbers["atol"]
+        if concrete(rtol) and concrete(atol) and float(rtol) == 0 and float(atol) == 0:
+            raise ValueError("Adaptive: rtol and atol are both zero; no step can meet that: give at least one a positive value")
+        if concrete(rtol) and 0 < float(rtol) < floor:
+            warnings.warn(
+                f"Adaptive: rtol={float(rtol):.1e} is below the resolution of the state's dtype; {floor:.1e} is used", stacklevel=4
+            )
+        xp = np if concrete(rtol) else jnp
+        numbers["rtol"] = xp.where(rtol > 0, xp.maximum(rtol, xp.asarray(floor, rtol.dtype)), rtol)
+        return replace(self, **numbers)
+
+    def valid(self) -> Array | bool:
+        valid = (self.rtol > 0) | (self.atol > 0)
+        for x in self.numbers.values():
+            valid = valid & (x >= 0) & jnp.isfinite(x)
+        return valid
+
+    @property
+    def numbers(self) -> dict:
+        return {name: x for name in ("rtol", "atol", "first_step") if (x := getattr(self, name)) is not None}
+
+    @property
+    def static(self) -> Adaptive:
+        return replace(self, **dict.fromkeys(self.numbers, 0))
+
+    def most_steps(self, intervals: int, steps: int | None) -> int:
+        return self.max_steps
+
+    def init(self, march: March, problem: Problem, s: State, slope: State) -> Progress:
+        rows, ts = march.rows, problem.ts
+        t0, y0 = rows.spread(ts[0]), march.method.read(s)
+        F = lambda t, y: march.F(t, y, problem.params)
+        norm, sign, given = partial(_norm, rows, problem.numbers), direction(ts), problem.numbers.get("first_step")
+        width = _first_step(march.method.embedded_order or 0, F, norm, t0, sign, jnp.abs(ts[-1] - t0), y0, slope, given)
+        width = jnp.maximum(width, 2 * _resolution(t0))  # a state at rest says nothing about the scale of time
+        zero = jnp.zeros(t0.shape, jnp.int32)
+        errors = (jnp.ones_like(t0),) * (2 if self.dcoeff else 1 if self.pcoeff else 0)
+        h = _reach(ts[-1], t0, sign * width)
+        return Progress(t0, h, errors, zero, zero, jnp.zeros((), jnp.int32))
+
+    def running(self, c: Progress, few: int = 0) -> Array:
+        """Whether more than `few` rows want another step."""
+        wanted = jnp.sum(c.h != 0, dtype=jnp.int32) > few if few else jnp.max(jnp.abs(c.h), initial=0) > 0
+        return (c.loops < self.max_steps) & wanted
+
+    def window(self, march: March, problem: Problem, place: None, carry: Progress) -> Window:
+        return march.window(problem, carry.t, carry.h, None)
+
+    def judge(self, march: March, problem: Problem, carry: Progress, window: Window, s: State, step: Step) -> tuple[Any, Progress]:
+        c, h, t1 = carry, carry.h, problem.ts[-1]
+        active = h != 0
+        t_new = jnp.where(h == t1 - c.t, t1, c.t + h)
+        norm = partial(_norm, march.rows, problem.numbers)
+        e = jax.lax.stop_gradient(_error(march.method, norm, h, s, step))
+        accept = active & (e <= 1)
+        t = jnp.where(accept, t_new, c.t)
+        errors = (jnp.maximum(e, 1e-4).astype(h.dtype), *c.errors)
+        errors = tuple(jnp.where(accept, a, b) for a, b in zip(errors, c.errors, strict=False))
+        h = _reach(t1, t, h * self._factor(e, c.errors).astype(h.dtype))
+        accepted, tried = c.accepted + accept.astype(jnp.int32), c.tried + active.astype(jnp.int32)
+        return accept, Progress(t, h, errors, accepted, tried, c.loops + 1)
+
+    def drive(self, march: March, problem: Problem, loop: Any, c: Any) -> tuple[Any, Any]:
+        return loop.until_due(lambda c: self.running(c.control, march.few), c), None
+
+    def may_stand(self, march: March, problem: Problem) -> bool:
+        return march.rows.size is not None
+
+    def time(self, carry: Progress) -> Array:
+        """The time each row has reached."""
+        return carry.t
+
+    def unfinished(self, carry: Progress) -> Array:
+        """Rows that want another step and may take one."""
+        return (carry.h != 0) & (carry.loops < self.max_steps)
+
+    def arrived(self, ts: Array, carry: Progress) -> Array:
+        """Rows that arrived at the last save time."""
+        return carry.t == ts[-1]
+
+    @property
+    def nfe_start(self) -> int:
+        """Evaluations at the start: one for the slope, and one more for the first step's width."""
+        return 2 if self.first_step is None else 1
+
+    def report(self, march: March, problem: Problem, c: Any, good: Array, slope: State) -> tuple[Array, Array, Array, Array]:
+        rows, p = march.rows, c.control
+        unmoved = (p.accepted == 0) & ~rows.finite(slope)
+        stuck = jnp.where(unmoved, int(Status.nonfinite_dynamics), int(Status.step_underflow))
+        status = jnp.where(p.h == 0, stuck, int(Status.max_steps))
+        status = jnp.where(self.arrived(problem.ts, p), int(Status.success), status)
+        status = jnp.where(rows.finite(march.method.read(c.s)), status, int(Status.nonfinite_state))
+        return status.astype(jnp.int32), p.t, p.tried, p.accepted
+
+    def ends(self, march: March, problem: Problem, grid: Grid, i: Array, left: Any = None) -> tuple[tuple, Callable]:
+        """Times found are constants; a row's first step starts at ts[0], and its last one, if it arrived, ends at ts[-1].
+
+        left: how many of its accepted steps a row has taken after this one; for derivatives alone, which ask where times come from.
+        """
+        times = grid.times
+        start = jnp.where(i == 0, march.rows.spread(problem.ts[0]), times[jnp.maximum(i - 1, 0)])
+        end = times[i]
+        if left is None:
+            return (0, -1), lambda a, b: (start, end - start)
+        moved = end != start
+        first, last = moved & (left == 1), moved & (left == grid.accepted) & grid.arrived
+        return (0, -1), lambda a, b: (t := jnp.where(first, a, start), jnp.where(last, b, end) - t)
+
+    def _factor(self, e: Array, memory: tuple[Array, ...]) -> Array:
+        """What the next step is multiplied by; a trial that left the domain (NaN) shrinks as far as allowed."""
+        order = 1 + (self.method.embedded_order or 0)
+        p, i, d = self.pcoeff / order, self.icoeff / order, self.dcoeff / order
+        factor = -(i + p + d) * jnp.log(jnp.maximum(e, jnp.finfo(e.dtype).tiny))
+        for power, old in zip((p + 2 * d, -d), memory, strict=False):
+            factor = factor + power * jnp.log(old.astype(e.dtype))
+        factor = self.safety * jnp.exp(factor)
+        factor = jnp.minimum(factor, jnp.where(e <= 1, self.factor_max, 1.0))
+        return jnp.where(factor > self.factor_min, factor, self.factor_min)
+
+
+def _reach(t1: Array, t: Array, h: Array) -> Array:
+    """The next step from t: cut at t1, and 0 where it is too small to move t or not a number.
+
+    It ends in a representable time, and the choice of that time is not differentiated.
+    """
+    left, h = t1 - t, jax.lax.stop_gradient(h)
+    last = jnp.abs(h) >= jnp.abs(left)
+    moves = jnp.abs(h) > _resolution(t)
+    return jnp.where(last, left, jnp.where(moves, jax.lax.stop_gradient(t + h) - t, 0))
+
+
+def _resolution(t: Array) -> Array:
+    """Steps must be wider than this: ten times the rounding of t."""
+    return 10 * jnp.finfo(t.dtype).eps * jnp.abs(t)
+
+
+def direction(ts: Array) -> Array:
+    """The direction of time, 1 or -1."""
+    return jnp.where(ts[-1] >= ts[0], 1, -1).astype(ts.dtype)
+
+
+def _norm(rows: Rows, tol: dict, estimate: State, a: State, b: State) -> Array:
+    """The root mean square over each row of e / (atol + rtol max(|a|, |b|)), as a column."""
+    total, count = rows.spread(jnp.zeros((), widest(*(x.dtype for x in a), default=jnp.float32))), 0
+    for e, x, z in zip(estimate, a, b, strict=True):
+        size = jnp.maximum(magnitude(x), magnitude(z))
+        scale = jnp.maximum(tol["atol"].astype(size.dtype) + tol["rtol"].astype(size.dtype) * size, jnp.finfo(size.dtype).tiny)
+        ratio = magnitude(e) / scale
+        total = total + rows.sum(ratio * ratio).astype(total.dtype)
+        count += x.size // (rows.size or 1)
+    return jnp.sqrt(total / max(1, count))
+
+
+def _guard(estimate: State, s: State, slope: State) -> State:
+    """The estimate, made NaN where a state or a slope is not finite, whether or not the estimate noticed."""
+    parts = [s[i : i + len(slope)] for i in range(0, len(s), len(slope) or 1)]
+    return tuple(e + (0 * reduce(jnp.add, xs)).astype(e.dtype) for e, *xs in zip(estimate, slope, *parts, strict=True))
+
+
+def _error(method: Method, norm: Callable, h: Array, s: State, step: Step) -> Array:
+    """The scaled error of a step from s, NaN if the step failed or left the domain."""
+    s1, K = step.state, step.slopes
+    estimates = [norm(_guard(e, s1, K[-1]), method.read(s), method.read(s1)) for e in method.errors(h, K, s, s1)]
+    if step.ok is not None:
+        estimates[0] = nan_unless(step.ok, estimates[0])
+    if len(estimates) == 1:
+        return estimates[0]
+    fifth, third = estimates  # Hairer, Norsett & Wanner I, section II.10
+    return fifth * fifth / jnp.sqrt(jnp.maximum(fifth * fifth + 0.01 * third * third, jnp.finfo(fifth.dtype).tiny))
+
+
+def _first_step(
+    order: int, F: Callable, norm: Callable, t0: Array, sign: Array, span: Array, y0: State, slope: State, given: Any
+) -> Array:
+    """The width of the first step, NaN where the state or its slope is not finite.
+
+    Unless given it is that of Hairer, Norsett & Wanner I, section II.4: one whose Euler guess and second derivative look harmless.
+    """
+    if given is not None:
+        return jnp.abs(given).astype(t0.dtype) + norm(_guard(zeros_like(y0), y0, slope), y0, y0).astype(t0.dtype)
+    d0, d1 = norm(y0, y0, y0), norm(_guard(slope, y0, slope), y0, y0)
+    guess = jnp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / jnp.where(d1 == 0, 1, d1))
+    floor = float(jnp.finfo(t0.dtype).tiny) ** 0.5  # slopes so large that their norm overflows still get a first step
+    guess = jnp.minimum(jnp.maximum(guess.astype(t0.dtype), floor), span)
+    ahead = F(t0 + sign * guess, increment(y0, sign * guess, (1.0,), [slope]))
+    bend = tuple(a - b for a, b in zip(ahead, slope, strict=True))
+    d2 = norm(bend, y0, y0) / jnp.where(guess == 0, 1, guess).astype(d1.dtype)
+    worst = jnp.maximum(d1, d2)
+    power = 1 / (order + 1)
+    bold = jnp.exp(power * jnp.log(0.01 / jnp.where(worst <= 1e-15, 1, worst)))
+    bold = jnp.where(worst <= 1e-15, jnp.maximum(1e-6, 1e-3 * guess.astype(worst.dtype)), bold)
+    bold = jnp.where(jnp.isfinite(bold), bold, guess.astype(bold.dtype)).astype(t0.dtype)
+    return nan_unless(~jnp.isnan(d1), jnp.maximum(jnp.minimum(100 * guess, bold), floor))

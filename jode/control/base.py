@@ -1,0 +1,144 @@
+"""What a solver is: a method, and a control that says which step comes next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jode.method import Method, Step
+from jode.tree import State
+from jode.window import Window
+
+if TYPE_CHECKING:
+    from jode.march import March, Problem
+
+
+class Status(IntEnum):
+    """Why a trajectory ended. Anything but `success` comes with NaN from the failing time on."""
+
+    success = 0
+    max_steps = 1
+    step_underflow = 2
+    nonfinite_dynamics = 3
+    nonfinite_state = 4
+    invalid_input = 5
+
+
+class Stats(NamedTuple):
+    """What a solve cost, as int32 arrays, one number per trajectory.
+
+    `nfe` counts evaluations of the vector field; `steps` = `accepted` + `rejected`. `nfe_backward` counts the evaluations
+    that a gradient by the chosen adjoint takes besides: one per stage, each differentiated too, or two per stage for states of
+    at most 32 components, of which one is differentiated; zero where it is not known (`Backsolve`).
+    """
+
+    nfe: Array
+    steps: Array
+    accepted: Array
+    rejected: Array
+    nfe_backward: Array
+
+
+class Grid(NamedTuple):
+    """The steps taken, in slots common to all rows: step i of a row ends at times[i], which starts where the last one ended.
+
+    slots: how many. times: by slot, or () where they follow from the save times, and then so do the others. accepted: the steps of
+    each row; in the other slots a row stands still. arrived: whether the last of them ends at the last save time.
+    """
+
+    slots: Any
+    times: Any = ()
+    accepted: Any = ()
+    arrived: Any = ()
+
+
+class Solver:
+    """A frozen dataclass of a method, the numbers of a control (data: they may be traced) and its bounds (static).
+
+    Subclasses are pytrees (`jax.tree_util.register_dataclass`), and write what is below. In the loop every row takes the step that
+    `window` gives it, and a row that wants no step gets one of width zero.
+    """
+
+    method: Method
+    estimates: ClassVar[bool] = False  # whether steps are judged by their error
+    layered: ClassVar[bool] = False  # whether step n reads slice n of the arrays in args
+    lands: ClassVar[bool] = True  # whether steps end at every save time; otherwise states there are interpolated
+
+    def refusal(self) -> str | None:
+        """What is wrong with this solver, if anything is."""
+        return None
+
+    def checked(self, y0: Any) -> Any:
+        """The solver with its numbers checked and made arrays."""
+        return self
+
+    def valid(self) -> Array | bool:
+        """Whether numbers that are traced are in their range."""
+        return True
+
+    @property
+    def numbers(self) -> dict:
+        """The numbers that are data."""
+        return {}
+
+    @property
+    def static(self) -> Any:
+        """The solver without its numbers."""
+        return self
+
+    def layers(self, args: Any, intervals: int) -> int | None:
+        """How many layers args stack, for a solver whose steps read one each."""
+        return None
+
+    def steps_between(self, intervals: int, layers: int | None) -> int | None:
+        """Steps between save times where that is a Python int."""
+        return None
+
+    def most_steps(self, intervals: int, steps: int | None) -> int:
+        """A static bound on the number of steps; zero where none is known."""
+        return 0
+
+    def init(self, march: March, problem: Problem, s: State, slope: State) -> Any:
+        """The control's own carry at the start, given the method's state and the slope there."""
+        raise NotImplementedError
+
+    def window(self, march: March, problem: Problem, place: Any, carry: Any) -> Window:
+        """The step that comes next; `place` is what `drive` says of where it is."""
+        raise NotImplementedError
+
+    def judge(self, march: March, problem: Problem, carry: Any, window: Window, s: State, step: Step) -> tuple[Any, Any]:
+        """Which rows take the step from s (a column of bools, or None: all), and the next carry."""
+        raise NotImplementedError
+
+    def drive(self, march: March, problem: Problem, loop: Any, c: Any) -> tuple[Any, Any]:
+        """Run the loop to the end; the last carry, and what was saved between intervals, stacked (None where nothing is)."""
+        raise NotImplementedError
+
+    def may_stand(self, march: March, problem: Problem) -> bool:
+        """Whether a row may stand still while others step: its step then has no width."""
+        raise NotImplementedError
+
+    def report(self, march: March, problem: Problem, c: Any, good: Array, slope: Any) -> tuple[Array, Array, Array, Array]:
+        """(status, time reached, steps tried, steps accepted) of each row, given the loop's last carry, which saved states are
+        finite, and the slope at the start."""
+        raise NotImplementedError
+
+    def ends(self, march: March, problem: Problem, grid: Grid, i: Array, left: Any = None) -> tuple[tuple, Callable]:
+        """How step i depends on given times: the places of two of them in ts, and a function of these that gives (t, h)."""
+        raise NotImplementedError
+
+
+def concrete(x: Any) -> bool:
+    """Whether a value is known now, and no tracer."""
+    return not isinstance(x, jax.core.Tracer)
+
+
+def as_known(value: Any, dtype: Any) -> Any:
+    """The number as an array, of NumPy where it is known: under a trace only those stay known."""
+    return (np if concrete(value) else jnp).asarray(value, dtype)

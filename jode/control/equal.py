@@ -1,0 +1,170 @@
+"""Steps known beforehand: equal ones between save times, or one a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jode.control.base import Grid, Solver, Status, as_known, concrete
+from jode.method import Method, Step
+from jode.tree import State, depth_of
+from jode.window import Window
+
+if TYPE_CHECKING:
+    from jode.march import March, Problem
+
+_static: Any = partial(field, metadata={"static": True})
+
+
+class Equal(Solver):
+    """As many equal steps in each interval between save times, which all rows take at once."""
+
+    def count(self, march: March, problem: Problem) -> Any:
+        """Steps between save times: an int, or data that may differ by row."""
+        return march.plan.steps if march.plan.steps is not None else problem.numbers["steps"]
+
+    def bound(self, march: March, problem: Problem) -> Any:
+        """Steps between save times; the largest of the rows' where each has its own."""
+        return march.plan.steps if march.plan.steps is not None else jnp.max(problem.numbers["steps"])
+
+    def slots(self, march: March, problem: Problem) -> Any:
+        return (march.plan.saves - 1) * self.bound(march, problem)
+
+    def _span(self, march: March, problem: Problem, a: Array, b: Array, k: Array) -> tuple[Array, Array]:
+        """Time and width of step k of the interval [a, b]; rows that want fewer steps than others then stand still."""
+        steps = self.count(march, problem)
+        h = (b - a) / (steps if isinstance(steps, int) else steps.astype(a.dtype))
+        t = a + k.astype(a.dtype) * h
+        if not isinstance(steps, int) and steps.ndim:
+            h = jnp.where(k < steps, h, 0)
+        return t, h
+
+    def init(self, march: March, problem: Problem, s: State, slope: State) -> tuple:
+        return ()
+
+    def window(self, march: March, problem: Problem, place: tuple, carry: tuple) -> Window:
+        a, b, k, i = place
+        return march.window(problem, *self._span(march, problem, a, b, k), i)
+
+    def judge(self, march: March, problem: Problem, carry: tuple, window: Window, s: State, step: Step) -> tuple[Any, tuple]:
+        return (window.h != 0 if self.may_stand(march, problem) else None), carry
+
+    def drive(self, march: March, problem: Problem, loop: Any, c: Any) -> tuple[Any, Any]:
+        bound = self.bound(march, problem)
+
+        def interval(j: Array, c: Any) -> tuple[Any, Any]:
+            a, b = problem.ts[j], problem.ts[j + 1]
+            c, _ = march.runner.repeat(bound, lambda k, c: (loop.attempt((a, b, k, j * bound + k), c), None), c)
+            return c, loop.saved(c)
+
+        return march.runner.repeat(march.plan.saves - 1, interval, c)
+
+    def may_stand(self, march: March, problem: Problem) -> bool:
+        return jnp.ndim(self.count(march, problem)) > 0
+
+    def report(self, march: March, problem: Problem, c: Any, good: Array, slope: Any) -> tuple[Array, Array, Array, Array]:
+        status = jnp.where(good[-1], int(Status.success), int(Status.nonfinite_state)).astype(jnp.int32)
+        last = jnp.maximum(jnp.sum(good, axis=0, dtype=jnp.int32) - 1, 0)  # what is not finite stays so
+        steps = (march.plan.saves - 1) * jnp.asarray(self.count(march, problem), jnp.int32)
+        return status, march.rows.pick(problem.ts, last), steps, steps
+
+    def ends(self, march: March, problem: Problem, grid: Grid, i: Array, left: Any = None) -> tuple[tuple, Callable]:
+        bound = self.bound(march, problem)
+        j, k = i // bound, i % bound
+        return (j, j + 1), lambda a, b: self._span(march, problem, a, b, k)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Fixed(Equal):
+    """`steps` equal steps of `method` between consecutive save times.
+
+    A Python int makes a pure `lax.scan`; an integer array (or a tracer) makes a loop whose length is data, so that changing
+    it does not recompile. Global error O(h^p); cost `steps` × stages evaluations per interval. `max_steps` bounds a traced
+    count where an adjoint must store every state. A traced count below 1 or above `max_steps` ends in `Status.invalid_input`.
+    """
+
+    method: Method = _static()
+    steps: Any = 1
+    max_steps: int | None = _static(default=None)
+
+    def checked(self, y0: Any) -> Fixed:
+        """`steps` as a Python int, or an int32 array."""
+        steps = self.steps
+        if isinstance(steps, (int, np.integer)) and not isinstance(steps, bool):
+            if steps < 1:
+                raise ValueError(f"Fixed: steps must be at least 1, got {steps}")
+            return replace(self, steps=int(steps))
+        steps = as_known(steps, None)
+        if steps.ndim or not jnp.issubdtype(steps.dtype, jnp.integer):
+            raise TypeError(f"Fixed: steps must be an int or an integer scalar, got {self.steps!r}")
+        if concrete(steps) and not 1 <= int(steps) <= (self.max_steps or int(steps)):
+            bound = "" if self.max_steps is None else f" and at most max_steps = {self.max_steps}"
+            raise ValueError(f"Fixed: steps must be at least 1{bound}, got {int(steps)}")
+        return replace(self, steps=steps.astype(jnp.int32))
+
+    def valid(self) -> Array | bool:
+        if isinstance(self.steps, int):
+            return True
+        return (self.steps >= 1) & (self.steps <= (self.max_steps or jnp.iinfo(jnp.int32).max))
+
+    @property
+    def numbers(self) -> dict:
+        return {} if isinstance(self.steps, int) else {"steps": self.steps}
+
+    @property
+    def static(self) -> Fixed:
+        return self if isinstance(self.steps, int) else replace(self, steps=None)
+
+    def steps_between(self, intervals: int, layers: int | None) -> int | None:
+        return self.steps if isinstance(self.steps, int) else None
+
+    def most_steps(self, intervals: int, steps: int | None) -> int:
+        return intervals * (steps or self.max_steps or 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Layers(Equal):
+    """One step of `method` for each slice along the leading axis of every array in `args`: a residual network.
+
+    The N layers are divided evenly among the intervals between save times, so t runs over [ts[0], ts[-1]]: with
+    `euler` and ts = (0, N) layer n is x + f(n, x, w_n), with ts = (0, 1) it is x + f(n/N, x, w_n) / N.
+
+    `degree` is that of the weights as a piecewise polynomial of depth: with 0 a step sees one slice, with 1 the slices are the
+    weights at the N nodes of N - 1 steps, and a stage sees the line between two of them: with `heun` the network of Sander,
+    Ablin & Peyré 2022. Other leaves than floating ones are those of the step's first node.
+    """
+
+    method: Method = _static()
+    degree: int = _static(default=0)
+
+    layered = True
+
+    def refusal(self) -> str | None:
+        if self.degree not in (0, 1):
+            return f"Layers: degree must be 0 (one slice per step) or 1 (slices at the nodes), got {self.degree!r}"
+        return None
+
+    def layers(self, args: Any, intervals: int) -> int:
+        depth = depth_of(args, "args")
+        steps = depth - self.degree
+        if steps < 1 or steps % intervals:
+            raise ValueError(
+                f"Layers: {depth} layers make {max(steps, 0)} steps, which do not divide evenly among the {intervals} intervals "
+                "between save times"
+            )
+        return depth
+
+    def steps_between(self, intervals: int, layers: int | None) -> int | None:
+        return ((layers or 0) - self.degree) // intervals
+
+    def most_steps(self, intervals: int, steps: int | None) -> int:
+        return intervals * (steps or 0)

@@ -1,0 +1,124 @@
+"""States at save times that steps do not end at: interpolated within the step that passes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jode.control.adaptive import direction
+from jode.observe.base import Seen, Watch
+from jode.tree import State, add, increment, increment_stacked, nan_unless, zeros_like
+
+if TYPE_CHECKING:
+    from jode.march import March, Problem
+
+
+class Saves(NamedTuple):
+    """Which save time comes next (a column), how many steps were interpolated, and the states so far, by interior save time."""
+
+    next: Array
+    dense: Array
+    ys: State
+
+
+class Bars(NamedTuple):
+    """Cotangents, as a step goes back, of its width, its start, its state and its slopes; and of the save times."""
+
+    h: Array
+    t: Array
+    s: State
+    slopes: State
+    ts: Array
+
+
+class Interpolated(Watch):
+    """Save times between the ends. One trajectory steps on until one is passed; of a batch the rows due are served at every step."""
+
+    waits = True
+
+    def init(self, march: March, problem: Problem, s: State, control: Any) -> Saves:
+        ts, y0, rows = problem.ts, problem.y0, march.rows
+        same = at_start(ts)[1:-1]
+        ys = tuple(jnp.where(_beside(same, x), x[None], jnp.zeros_like(x)[None]) for x in y0)
+        zero = rows.spread(jnp.zeros((), jnp.int32))
+        return Saves(1 + rows.spread(jnp.sum(same, axis=0)).astype(jnp.int32), zero, ys)
+
+    def _pending(self, march: March, problem: Problem, j: Array, t: Array) -> Array:
+        ts = problem.ts
+        return (j < ts.shape[0] - 1) & (direction(ts) * (march.rows.pick(ts, j) - t) <= 0)
+
+    def due(self, march: March, problem: Problem, carry: Saves, t: Array) -> Array:
+        return self._pending(march, problem, carry.next, t)
+
+    def step(self, march: March, problem: Problem, carry: Saves, seen: Seen) -> Saves:
+        """Interpolate at every interior save time that the accepted step has passed."""
+        method, rows, ts = march.method, march.rows, problem.ts
+        window, s, inner = seen.window, seen.s, ts.shape[0] - 1
+        pending = lambda j: self._pending(march, problem, j, seen.t)
+        due = pending(carry.next)
+
+        def one(c: tuple) -> tuple:
+            j, ys = c
+            mask = pending(j) | (rows.size is None)  # one trajectory is here only while it is pending
+            theta = (rows.pick(ts, j) - window.t) / jnp.where(window.h == 0, 1, window.h)
+            values = increment(method.base(theta, s), window.h, method.dense_weights(theta), slopes)
+            index = jnp.where(mask, j - 1, inner)
+            ys = tuple(rows.write(table, index, v) for table, v in zip(ys, values, strict=True))
+            return j + mask.astype(jnp.int32), ys
+
+        slopes = seen.slopes
+        if method.extra:
+            more = jax.lax.cond(
+                jnp.any(due),
+                lambda: tuple(method.refined(window, s, slopes)[len(slopes) :]),
+                lambda: (jax.tree.map(jnp.zeros_like, slopes[0]),) * method.extra,
+            )
+            slopes = [*slopes, *more]
+        j, ys = march.runner.until(lambda c: ~jnp.any(pending(c[0])), one, (carry.next, carry.ys))
+        return Saves(j, carry.dense + due.astype(jnp.int32), ys)
+
+    def read(self, carry: Saves) -> State:
+        """The states at interior save times, NaN at those that the march did not come to."""
+        count = carry.ys[0].shape[0] if carry.ys else 0
+        come = jax.vmap(lambda i: i < carry.next)(jnp.arange(1, count + 1, dtype=jnp.int32))
+        return tuple(nan_unless(come.reshape(-1, *[1] * (y.ndim - 1)) if come.ndim == 1 else come, y) for y in carry.ys)
+
+    def pull(self, march: March, problem: Problem, j: Array, seen: Seen, K: State, g: State, bars: Bars) -> tuple[Array, Bars]:
+        """The transpose: cotangents g of the states saved within a step, given its slopes K, stacked; j is the last save not pulled."""
+        method, rows, ts = march.method, march.rows, problem.ts
+        a, h, s = seen.window.t, seen.window.h, seen.s
+        sign = jnp.where(rows.spread(ts[-1]) >= rows.spread(ts[0]), 1, -1).astype(a.dtype)
+
+        def pending(j: Array) -> Array:
+            return (j > 0) & (sign * (rows.pick(ts, jnp.maximum(j, 0)) - a) > 0)
+
+        def dense_state(t: Array, a: Array, h: Array, s: State, K: State) -> State:
+            theta = (t - a) / jnp.where(h == 0, 1, h)
+            return increment_stacked(method.base(theta, s), h, jnp.stack(method.dense_weights(theta)), K)
+
+        def one(carry: tuple) -> tuple:
+            j, mask, bars = carry
+            at = jnp.maximum(j, 0)
+            gj = tuple(jnp.where(mask, rows.pick_state(x, at), 0) for x in g)
+            _, back = jax.vjp(dense_state, rows.pick(ts, at) + jnp.zeros_like(a), a, h, s, K)
+            tbar, *moved = back(gj)
+            tsbar = rows.add_at(bars.ts, at, jnp.where(mask, tbar, 0))
+            abar, hbar, sbar, kbar = moved
+            j = j - mask.astype(jnp.int32)
+            return j, pending(j), Bars(bars.h + hbar, bars.t + abar, add(bars.s, sbar), add(bars.slopes, kbar), tsbar)
+
+        j, _, bars = march.runner.until(lambda carry: ~jnp.any(carry[1]), one, (j, pending(j), bars))
+        return j, bars
+
+
+def at_start(ts: Array) -> Array:
+    """Which save times are the initial time itself."""
+    return ts == ts[:1]
+
+
+def _beside(same: Array, x: Array) -> Array:
+    return same if same.ndim > 1 else same.reshape(-1, *[1] * x.ndim)

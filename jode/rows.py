@@ -1,0 +1,149 @@
+"""Where the rows of a batch lie inside a march."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jode.native import Batch
+from jode.tree import State
+from jode.tuning import SMALL, WRITTEN_OUT
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of a batch lie inside a march: nowhere (one trajectory), last (small states) or first (large ones).
+
+    Numbers that differ by row are kept as *columns*, (1, B) or (B, 1), which broadcast against states (D, B) or (B, D).
+    """
+
+    size: int | None = None
+    axis: int = 0
+
+    @classmethod
+    def of(cls, batch: Batch | None, state_size: int) -> Rows:
+        if batch is None:
+            return cls()
+        return cls(batch.size, -1 if state_size <= SMALL else 0)
+
+    def to_layout(self, x: Array, mapped: bool, lead: int = 0) -> Array:
+        """From the leading row axis of an operand to this place, behind `lead` axes (save times, layers)."""
+        if self.size is None or not mapped:
+            return x
+        return jnp.moveaxis(x, 0, -1 if self.axis == -1 else lead)
+
+    def from_layout(self, x: Array, lead: int = 0) -> Array:
+        """The inverse of `to_layout`."""
+        if self.size is None:
+            return x
+        return jnp.moveaxis(x, -1 if self.axis == -1 else lead, 0)
+
+    def column(self, x: Array, mapped: bool = True) -> Array:
+        """Numbers (B, ...) as columns (..., 1, B) or (..., B, 1); shared numbers stay as they are."""
+        if self.size is None or not mapped:
+            return x
+        return jnp.expand_dims(jnp.moveaxis(x, 0, -1), -2 if self.axis == -1 else -1)
+
+    def flat(self, column: Array) -> Array:
+        """The inverse of `column`."""
+        if self.size is None:
+            return column
+        return jnp.moveaxis(column.squeeze(-2 if self.axis == -1 else -1), -1, 0)
+
+    def spread(self, x: Array) -> Array:
+        """A shared number or a column, as a column."""
+        if self.size is None:
+            return x
+        return jnp.broadcast_to(x, (1, self.size) if self.axis == -1 else (self.size, 1))
+
+    def over_time(self, table: Array) -> Array:
+        """A table of numbers by save time, shaped to broadcast against states by save time."""
+        return table[:, None] if self.size is None else table
+
+    def sum(self, x: Array) -> Array:
+        """Sum over the components of each row, as a column."""
+        if self.size is None and x.ndim == 1 and 0 < x.shape[0] <= WRITTEN_OUT:
+            return reduce(jnp.add, [x[i] for i in range(x.shape[0])])
+        if self.size is None:
+            return jnp.sum(x)
+        if self.axis == -1 and x.ndim == 2 and 0 < x.shape[0] <= WRITTEN_OUT:
+            return reduce(jnp.add, [x[i : i + 1] for i in range(x.shape[0])])
+        return jnp.sum(x, axis=-2 if self.axis == -1 else -1, keepdims=True)
+
+    def all(self, x: Array) -> Array:
+        if self.size is None and x.ndim == 1 and 0 < x.shape[0] <= WRITTEN_OUT:
+            return reduce(jnp.logical_and, [x[i] for i in range(x.shape[0])])  # fuses with what reads it; a reduction does not
+        if self.size is None:
+            return jnp.all(x)
+        return jnp.all(x, axis=-2 if self.axis == -1 else -1, keepdims=True)
+
+    def finite(self, y: State) -> Array:
+        """Whether every component of each row is finite, as a column."""
+        return reduce(jnp.logical_and, [self.all(jnp.isfinite(x)) for x in y], self.spread(jnp.array(True)))
+
+    def lift(self, f: Callable, mapped: Any) -> Callable:
+        """The vector field of one trajectory, f(t, y, params), for these rows; `mapped` flags the leaves of params."""
+        if self.size is None:
+            return f
+        axes = jax.tree.map(lambda m: self.axis if m else None, mapped)
+
+        def lifted(t: Array, y: Any, params: Any) -> Any:
+            t_axis = None if t.ndim == 0 else 0
+            t = t if t.ndim == 0 else self.flat(t)
+            return jax.vmap(f, (t_axis, self.axis, axes), self.axis)(t, y, params)
+
+        return lifted
+
+    def vectors(self, y: State) -> Array:
+        """All components of a state as one vector, (n,), or (B, n) for rows."""
+        return jnp.concatenate([self.from_layout(x) for x in y], -1)
+
+    def states(self, vectors: Array, like: State) -> State:
+        """The inverse of `vectors`, in the dtypes of `like`."""
+        sizes = [x.shape[0 if self.size is None or self.axis == -1 else 1] for x in like]
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        parts = [vectors[..., e - n : e] for n, e in zip(sizes, ends, strict=True)]
+        return tuple(self.to_layout(v, True).astype(x.dtype) for v, x in zip(parts, like, strict=True))
+
+    def pick(self, table: Array, j: Array) -> Array:
+        """table[j], where each row may ask for its own entry j of the first axis."""
+        if self.size is None:
+            return jax.lax.dynamic_index_in_dim(table, j, 0, keepdims=False)
+        if table.ndim == 1:
+            return table[j]
+        return jnp.take_along_axis(table, jnp.broadcast_to(j[None], (1, *table.shape[1:])), 0)[0]
+
+    def write(self, table: Array, j: Array, value: Array) -> Array:
+        """The table with entry j of the first axis set, row by row; a row's entry out of range is dropped."""
+        if self.size is None:
+            return jax.lax.dynamic_update_index_in_dim(table, value, j, 0)
+        j, r = self.flat(j), jnp.arange(self.size)
+        if self.axis == -1:
+            return table.at[j, :, r].set(value.T, mode="drop", unique_indices=True)
+        return table.at[j, r].set(value, mode="drop", unique_indices=True)
+
+    def pick_state(self, table: Array, j: Array) -> Array:
+        """The state table[j], where each row may ask for its own entry j of the first axis."""
+        if self.size is None:
+            return jax.lax.dynamic_index_in_dim(table, j, 0, keepdims=False)
+        j, r = self.flat(j), jnp.arange(self.size)
+        return table[j, :, r].T if self.axis == -1 else table[j, r]
+
+    def add_at(self, table: Array, j: Array, value: Array) -> Array:
+        """A table of numbers, shared or by row, with each row's value added to its entry j."""
+        if self.size is None:
+            return table.at[j].add(value)
+        j, value, r = self.flat(j), self.flat(value), jnp.arange(self.size)
+        if table.ndim == 1:
+            return table.at[j].add(value)
+        return table.at[j, 0, r].add(value) if self.axis == -1 else table.at[j, r, 0].add(value)
+
+    def total(self, column: Array, like: Array) -> Array:
+        """A column of cotangents as the cotangent of a number: summed where rows share the number."""
+        return jnp.sum(column) if like.ndim == 0 and self.size is not None else column

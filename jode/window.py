@@ -1,0 +1,94 @@
+"""What a method sees of the vector field during one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jode.rows import Rows
+from jode.tree import State, blend
+
+
+class Params(NamedTuple):
+    """The arrays a vector field reads: with gradients (`shared`, `layers`) and without; `layers` have one slice per step."""
+
+    shared: list
+    layers: list
+    fixed: list
+    fixed_layers: list
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """A step of width `h` from time `t`; both are columns, one number a row. Called with a fraction c of the step and a state
+    y it returns f(t + c h, y) of every row.
+
+    field: f(t, y, params) for these rows. params: those of this step, layers at its nodes. rows: where the rows lie.
+    """
+
+    field: Callable
+    rows: Rows
+    t: Array
+    h: Array
+    params: Params
+    swapped: bool = False
+
+    def __call__(self, c: Any, y: State) -> State:
+        if self.swapped:
+            t0, h = self.t, -self.h
+            return self.field(t0 + (1 - c) * h, y, at_fraction(self.params, 1 - c))
+        return self.field(self.t + c * self.h, y, at_fraction(self.params, c))
+
+    def ends_swapped(self) -> Window:
+        """The same step taken from its end to its start: h is negative, and c counts from the end."""
+        return replace(self, h=-self.h, swapped=not self.swapped)
+
+    @property
+    def moving(self) -> tuple:
+        """What of a window has a cotangent: (t, h, shared, layers)."""
+        return self.t, self.h, self.params.shared, self.params.layers
+
+    def at(self, moving: tuple) -> Window:
+        """The window with another (t, h, shared, layers)."""
+        t, h, shared, layers = moving
+        return replace(self, t=t, h=h, params=self.params._replace(shared=shared, layers=layers))
+
+    def jacobian(self, c: Any, y: State) -> Array:
+        """∂f/∂y a fraction c into the step, (n, n) of the n components of y, with a leading axis for rows where there are any.
+
+        Costs n forward derivatives of f, of all rows at once.
+        """
+        vector = self.rows.vectors(y)
+        basis = jnp.eye(vector.shape[-1], dtype=vector.dtype)
+
+        def column(e: Array) -> Array:
+            direction = self.rows.states(jnp.broadcast_to(e, vector.shape), y)
+            return self.rows.vectors(jax.jvp(lambda y: self(c, y), (y,), (direction,))[1])
+
+        return jnp.moveaxis(jax.vmap(column)(basis), 0, -1)
+
+    def solve_shifted(self, jacobian: Array, h: Any, r: State) -> State:
+        """x of (I - h J) x = r for each row, by a dense factorisation: n³/3 products a row; h is a column."""
+        r_ = self.rows.vectors(r)
+        h = self.rows.flat(self.rows.spread(jnp.asarray(h, r_.dtype)))
+        matrix = jnp.eye(r_.shape[-1], dtype=r_.dtype) - h[..., None, None] * jacobian
+        return self.rows.states(jnp.linalg.solve(matrix, r_[..., None])[..., 0], r)
+
+
+def at_fraction(params: Params, c: Any) -> Params:
+    """The parameters at a fraction c of a step: of its one layer, or on the line between the layers at its two nodes."""
+    layers = [x[0] if x.shape[0] == 1 else blend(x[0], x[1], c) for x in params.layers]
+    return params._replace(layers=layers, fixed_layers=[x[0] for x in params.fixed_layers])
+
+
+def at_nodes(params: Params, i: Array, degree: int) -> Params:
+    """The parameters at the nodes of step i: layers i … i + degree."""
+    layers, fixed = (
+        [jax.lax.dynamic_slice_in_dim(x, i, degree + 1, 0) for x in xs] for xs in (params.layers, params.fixed_layers)
+    )
+    return params._replace(layers=layers, fixed_layers=fixed)
