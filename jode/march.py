@@ -23,7 +23,7 @@ from jode.observe import Interpolated, Record, Seen, Watch
 from jode.observe.saves import Bars, at_start
 from jode.rows import Rows
 from jode.runner import Compiled, Runner
-from jode.tree import Layout, State, add, nan_unless, put, take, where, zeros_like
+from jode.tree import Layout, State, add, entry, nan_unless, put, take, where, zeros_like
 from jode.turns import in_groups
 from jode.tuning import FEW_LEFT, GROUP, grouped, rolled
 from jode.window import Params, Window, at_fraction, at_nodes
@@ -303,7 +303,7 @@ class March:
 
     def _window(self, problem: Problem, grid: Grid, i: Array) -> Window:
         (p, q), span = self.solver.ends(self, problem, grid, i)
-        return self.window(problem, *span(problem.ts[p], problem.ts[q]), i if self.solver.lands else None)
+        return self.window(problem, *span(entry(problem.ts, p), entry(problem.ts, q)), i if self.solver.lands else None)
 
     def _still(self, problem: Problem, window: Window, s: State, moved: State) -> State:
         """The state moved, or as it is in rows that stand still in this slot."""
@@ -343,7 +343,7 @@ class March:
         """Cotangents before step i from those after it, s being the state at its start; rows that failed take that of the march."""
         solver, ts = self.solver, problem.ts
         (p, q), span = solver.ends(self, problem, grid, i, c.left)
-        (t, h), span_back = jax.vjp(span, ts[p], ts[q])
+        (t, h), span_back = jax.vjp(span, entry(ts, p), entry(ts, q))
         window = self.window(problem, t, h, i if solver.lands else None)
         sbar, left, next_, slopes_bar = c.s, c.left, c.next, None
         if solver.lands:
@@ -368,7 +368,7 @@ class March:
         if self.saves:
             sbar, tbar, hbar = add(bars.s, sbar), tbar + bars.t, hbar + bars.h
         if not solver.lands:
-            left = left - (h != 0)
+            left = left - (h != 0).astype(jnp.int32)
         abar, bbar = span_back((tbar, hbar))
         layers = [jax.lax.dynamic_update_slice_in_dim(x, u, i, 0) for x, u in zip(c.layers, after, strict=True)]
         return Cotangents(sbar, bars.ts.at[p].add(abar).at[q].add(bbar), shared, layers, left, next_)
@@ -457,7 +457,7 @@ class March:
             return kept
         grid, last, states = kept
         if not self.solver.lands:
-            grid = Grid(jnp.max(grid.slots), *(rows.column(x) for x in grid[1:]))
+            grid = Grid(jnp.max(grid.slots, initial=0), *(rows.column(x) for x in grid[1:]))
         to = lambda x, lead: rows.to_layout(x, True, lead)
         return grid, jax.tree.map(lambda x: to(x, 0), last), jax.tree.map(lambda x: to(x, 1), states)
 

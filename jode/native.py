@@ -261,6 +261,20 @@ def _split_joint(trace: Any, *tracers: Any, march: _March, rows: tuple | None, o
     return [*known[: len(march.values) + len(march.rest)], *dots]
 
 
+def _split_joint_again(saveable: Any, unknown: Sequence[bool], staged: Sequence[bool], eqn: Any) -> tuple:
+    """The same under `jax.checkpoint`, which runs the march now, and the whole equation again where it goes back."""
+    march, n = eqn.params["march"], eqn.params["march"].operands
+    outputs = len(march.values) + len(march.rest)
+    if any(unknown[:n]) or eqn.params["over"]:
+        known, unknown_out = None, [True] * len(eqn.outvars)
+    else:
+        run = {"march": march, "rows": eqn.params["rows"]}
+        known = eqn.replace(primitive=_run_p, invars=eqn.invars[:n], outvars=eqn.outvars[:outputs], params=run)
+        unknown_out = [i >= outputs for i in range(len(eqn.outvars))]
+    needed = [x for x, there in zip(eqn.invars, staged, strict=True) if not there and not hasattr(x, "val")]  # literals have one
+    return known, eqn, unknown_out, [True] * len(eqn.outvars), needed
+
+
 def _transpose(
     cotangents: Sequence, *operands: Any, march: _March, rows: tuple | None, over: tuple, active: tuple
 ) -> list:
@@ -352,6 +366,7 @@ for _kind, _p in _PRIMITIVES.items():
     ad.primitive_jvps[_p] = _run_jvp if _kind == "run" else partial(_differentiate, _kind)
     batching.fancy_primitive_batchers[_p] = partial(_batch, _kind)
 pe.custom_partial_eval_rules[_joint_p] = _split_joint
+pe.partial_eval_jaxpr_custom_rules[_joint_p] = _split_joint_again
 ad.primitive_transposes[_tangent_p] = _transpose
 
 

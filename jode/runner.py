@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -28,11 +29,10 @@ class Compiled(Runner):
     """`jax.lax.scan` for a Python int, which JAX differentiates in both modes, and loops whose length is data otherwise."""
 
     def repeat(self, n: Any, body: Callable[[Any, Any], tuple[Any, Any]], carry: Any) -> tuple[Any, Any]:
-        zero = jnp.zeros((), jnp.int32)
         if not isinstance(n, int):
             return jax.lax.fori_loop(0, n, lambda k, c: body(jnp.asarray(k, jnp.int32), c)[0], carry), None
         if n == 1:
-            carry, out = body(zero, carry)
+            carry, out = body(np.int32(0), carry)
             return carry, jax.tree.map(lambda x: x[None], out)
 
         def counted(c: tuple, _: None) -> tuple[tuple, Any]:  # a scan over arange(n) would keep its n integers
@@ -40,7 +40,7 @@ class Compiled(Runner):
             carry, out = body(k, carry)
             return (k + 1, carry), out
 
-        (_, carry), outs = jax.lax.scan(counted, (zero, carry), None, length=n)
+        (_, carry), outs = jax.lax.scan(counted, (jnp.zeros((), jnp.int32), carry), None, length=n)
         return carry, outs
 
     def until(self, done: Callable[[Any], Array], body: Callable[[Any], Any], carry: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 State = tuple[Array, ...]
@@ -179,6 +180,11 @@ def add(a: Any, b: Any) -> Any:
 
 def zeros_like(a: Any) -> Any:
     return jax.tree.map(jnp.zeros_like, a)
+
+
+def entry(x: Array, i: Any) -> Array:
+    """x[i] of the first axis, where i is within it; known places cost nothing."""
+    return x[i] if isinstance(i, (int, np.integer)) else jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
 
 
 def take(a: Any, i: Any) -> Any:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jode
-from jode.native import native
+from jode.native import Promise, Rule, native
 
 SOLVERS = {
     "fixed": jode.Fixed(jode.midpoint, 10),
@@ -155,18 +155,28 @@ def test_memory_does_not_grow_with_batch_times_weights():
     assert memory(128) - memory(16) < 112 * 64 * 8 * 40 < 112 * weights / 4
 
 
-@pytest.mark.parametrize("transform", ["plain", "jit", "vmap", "grad_vmap_jit", "scan", "remat"])
-def test_a_native_function_composes(transform):
-    """A function with a batched form of its own under the transformations of JAX; the batched form counts its uses."""
+@pytest.mark.parametrize("transform", ["plain", "jit", "vmap", "grad_vmap_jit", "vmap_grad", "directions", "scan", "remat", "hessian"])
+def test_a_native_march_composes(transform):
+    """A rule with a batched form of its own under the transformations of JAX: 2 w sin x, its transpose counted in the way back."""
     used = []
 
-    def form(batch):
+    def run(batch, platform):
         used.append(batch)
-        if batch is None:
-            return lambda x, w: jnp.sin(x) * w
-        return lambda x, w: jnp.sin(x) * w  # broadcasts over rows as it stands
+        return lambda moving, still: (moving[0] * jnp.sin(moving[1]) * still, jnp.zeros((), jnp.int32) if batch is None else jnp.zeros(batch.size, jnp.int32))
 
-    f = lambda x, w=2.0: native(form, x, jnp.asarray(w))
+    def record(batch, platform):
+        return lambda moving, still: (*run(batch, platform)(moving, still), jnp.cos(moving[1]))
+
+    def pull(batch, platform):
+        def form(moving, still, values, rest, cos, bar):
+            w = jnp.sin(moving[1]) * still * bar
+            return (jnp.sum(w) if batch and not batch.mapped[0][0] else w), moving[0] * cos * still * bar
+
+        return form
+
+    shape = jax.ShapeDtypeStruct
+    promise = Promise(shape((), jnp.result_type(float)), shape((), jnp.int32), ())
+    f = lambda x, w=2.0: native(Rule(run, record, pull), (jnp.asarray(w), jnp.asarray(x)), jnp.asarray(1.0), promise)[0]
     x = jnp.array([0.1, 0.2])
     if transform == "plain":
         close(f(x[0]), 2 * jnp.sin(x[0]))
@@ -177,13 +187,24 @@ def test_a_native_function_composes(transform):
         assert any(b is not None and b.size == 2 for b in used)
     elif transform == "grad_vmap_jit":
         close(jax.grad(lambda w: jnp.sum(jax.vmap(jax.jit(lambda x: f(x, w)))(x)))(2.0), jnp.sum(jnp.sin(x)))
+    elif transform == "vmap_grad":
+        close(jax.vmap(jax.grad(f, 1), (0, None))(x, 2.0), jnp.sin(x))
+        close(jax.vmap(jax.vmap(jax.grad(f, (0, 1)), (0, None)), (None, 0))(x, x), (jnp.outer(x, jnp.cos(x)), jnp.outer(jnp.ones(2), jnp.sin(x))))
+    elif transform == "directions":
+        both = lambda z: f(z[0], z[1])
+        close(jax.jacfwd(both)(x), jax.jacrev(both)(x))
+        close(jax.vmap(jax.jacfwd(both))(x[None]), jax.vmap(jax.grad(both))(x[None]))
     elif transform == "scan":
         close(
             jax.grad(lambda x: jax.lax.scan(lambda c, _: (f(c), None), x, None, length=3)[0])(x[0]),
             jax.grad(lambda x: 2 * jnp.sin(2 * jnp.sin(2 * jnp.sin(x))))(x[0]),
         )
-    else:
+    elif transform == "remat":
         close(jax.grad(jax.checkpoint(f))(x[0]), 2 * jnp.cos(x[0]))
+    else:
+        both = lambda z: f(z[0], z[1])
+        for second in (jax.hessian, lambda f: jax.jacfwd(jax.jacfwd(f)), lambda f: jax.jacrev(jax.jacrev(f)), lambda f: jax.jacrev(jax.jacfwd(f))):
+            close(second(both)(x), jax.hessian(lambda z: z[1] * jnp.sin(z[0]))(x))
 
 
 @pytest.mark.parametrize("fast", [40, 500])

@@ -14,7 +14,7 @@ from jax import Array
 
 from jode.control.base import Grid, Solver, Status, as_known, concrete
 from jode.method import Method, Step
-from jode.tree import State, depth_of
+from jode.tree import State, depth_of, entry
 from jode.window import Window
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Equal(Solver):
         bound = self.bound(march, problem)
 
         def interval(j: Array, c: Any) -> tuple[Any, Any]:
-            a, b = problem.ts[j], problem.ts[j + 1]
+            a, b = entry(problem.ts, j), entry(problem.ts, j + 1)
             c, _ = march.runner.repeat(bound, lambda k, c: (loop.attempt((a, b, k, j * bound + k), c), None), c)
             return c, loop.saved(c)
 
