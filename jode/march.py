@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ from jode.rows import Rows
 from jode.runner import Compiled, Runner
 from jode.tree import Layout, State, add, entry, nan_unless, put, take, where, zeros_like
 from jode.turns import in_groups
-from jode.tuning import FEW_LEFT, GROUP, grouped, rolled
+from jode.tuning import FEW_LEFT, GROUP, grouped, rolled, stops_at_saves
 from jode.window import Params, Window, at_fraction, at_nodes
 
 
@@ -114,8 +114,6 @@ class Loop:
 
     @property
     def waiting(self) -> tuple[int, ...]:
-        if self.march.rows.size is not None:
-            return ()
         return tuple(i for i, w in enumerate(self.watches) if w.waits)
 
     def attempt(self, place: Any, c: Carry) -> Carry:
@@ -144,17 +142,22 @@ class Loop:
         if not waiting:
             return march.runner.until(lambda c: ~running(c), step, c)
 
-        def due(c: Carry) -> Array:
-            t = march.solver.time(c.control)
-            return jnp.any(jnp.stack([self.watches[i].due(march, problem, c.observed[i], t) for i in waiting]))
-
         def serve(c: Carry) -> Carry:
-            c = march.runner.until(lambda c: due(c) | ~running(c), step, c)
+            # The loop inside carries nothing of those that wait: XLA on a CPU compiles a loop over less than a kilobyte as one function.
+            watching = [c.observed[i] for i in waiting]
+            due = [self.watches[i].due(march, problem, m) for i, m in zip(waiting, watching, strict=True)]
+            rest = tuple(() if i in waiting else m for i, m in enumerate(c.observed))
+
+            def stop(c: Carry) -> Array:
+                t = march.solver.time(c.control)
+                return reduce(jnp.logical_or, (d(t) for d in due), ~running(c))
+
+            c = march.runner.until(stop, step, c._replace(observed=rest))
             t, h, s, slopes, reached = c.last
             seen = Seen(march.window(problem, t, h, None), s, slopes, True, reached, None)
             observed = list(c.observed)
-            for i in waiting:
-                observed[i] = self.watches[i].step(march, problem, observed[i], seen)
+            for i, m in zip(waiting, watching, strict=True):
+                observed[i] = self.watches[i].step(march, problem, m, seen)
             return c._replace(observed=tuple(observed))
 
         return march.runner.until(lambda c: ~running(c), serve, c)
@@ -227,8 +230,8 @@ class March:
 
     def _in_turns(self, watches: Sequence[Watch]) -> bool:
         """Whether rows that finish late go on in groups: where steps are found and not recorded."""
-        kept = any(not w.waits for w in watches)
-        return not self.solver.lands and not kept and grouped(self.platform, self.rows.size, self.rows.axis == -1)
+        rows_last = all(isinstance(w, Interpolated) for w in watches)
+        return not self.solver.lands and rows_last and grouped(self.platform, self.rows.size, self.rows.axis == -1)
 
     def _finish_in_groups(self, problem: Problem, watches: Sequence[Watch], c: Carry) -> Carry:
         leaves, treedef = jax.tree.flatten(problem)
@@ -271,7 +274,9 @@ class March:
     @property
     def saves(self) -> tuple[Watch, ...]:
         """The observer of save times, where steps do not end at them."""
-        return () if self.solver.lands or self.plan.saves == 2 else (Interpolated(),)
+        if self.solver.lands or self.plan.saves == 2:
+            return ()
+        return (Interpolated(stops_at_saves(self.platform, self.plan.layout.size, self.rows.size)),)
 
     def outcome(self, problem: Problem, c: Carry, saved: Any, slope: State | None) -> Outcome:
         solver, method, rows = self.solver, self.method, self.rows

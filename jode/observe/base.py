@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jax import Array
@@ -28,14 +29,14 @@ class Seen(NamedTuple):
 class Watch:
     """An observer inside the loop, for all rows at once. Its carry is one more part of the loop's."""
 
-    waits = False  # whether it is served only where `due` says so: the loop then steps on without it
+    waits: bool = False  # whether it is served only where `due` says so: the loop then steps on without it
 
     def init(self, march: March, problem: Problem, s: State, control: Any) -> Any:
         """Its carry at the start, given the method's state and the control's carry there."""
         raise NotImplementedError
 
-    def due(self, march: March, problem: Problem, carry: Any, t: Array) -> Array:
-        """Whether a row that has reached the time t must be served before the next step."""
+    def due(self, march: March, problem: Problem, carry: Any) -> Callable[[Array], Array]:
+        """Whether a row that has reached a time must be served before the next step, as a function of that time."""
         raise NotImplementedError
 
     def step(self, march: March, problem: Problem, carry: Any, seen: Seen) -> Any:

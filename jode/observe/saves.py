@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -35,10 +36,11 @@ class Bars(NamedTuple):
     ts: Array
 
 
+@dataclass(frozen=True)
 class Interpolated(Watch):
-    """Save times between the ends. One trajectory steps on until one is passed; of a batch the rows due are served at every step."""
+    """Save times between the ends. The loop stops where one is passed (`waits`), or looks for them after every step."""
 
-    waits = True
+    waits: bool
 
     def init(self, march: March, problem: Problem, s: State, control: Any) -> Saves:
         ts, y0, rows = problem.ts, problem.y0, march.rows
@@ -51,8 +53,10 @@ class Interpolated(Watch):
         ts = problem.ts
         return (j < ts.shape[0] - 1) & (direction(ts) * (march.rows.pick(ts, j) - t) <= 0)
 
-    def due(self, march: March, problem: Problem, carry: Saves, t: Array) -> Array:
-        return self._pending(march, problem, carry.next, t)
+    def due(self, march: March, problem: Problem, carry: Saves) -> Callable[[Array], Array]:
+        ts, j = problem.ts, carry.next
+        sign, next_, more = direction(ts), march.rows.pick(ts, j), j < ts.shape[0] - 1
+        return lambda t: more & (sign * (next_ - t) <= 0)
 
     def step(self, march: March, problem: Problem, carry: Saves, seen: Seen) -> Saves:
         """Interpolate at every interior save time that the accepted step has passed."""
