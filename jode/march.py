@@ -19,7 +19,7 @@ from jax import Array
 from jode.control import Grid, Solver, Stats, Status
 from jode.method import Method
 from jode.native import Batch, Promise
-from jode.observe import Interpolated, Record, Seen, Watch
+from jode.observe import Interpolated, Record, Recorded, Seen, Watch
 from jode.observe.saves import Bars, at_start
 from jode.rows import Rows
 from jode.runner import Compiled, Runner
@@ -92,6 +92,16 @@ class Carry(NamedTuple):
     last: Any
 
 
+class Kept(NamedTuple):
+    """What the way back needs: the grid, and the states kept, of the last chapter; the last state, and where the chapters start (of
+    one chapter alone: its first state)."""
+
+    grid: Grid
+    last: State
+    states: Any
+    chapters: Any
+
+
 class Cotangents(NamedTuple):
     """What the way back carries: cotangents of the method's state, the save times and the parameters; how many of its steps each row
     has not gone back, and which save time it goes back to next."""
@@ -114,7 +124,13 @@ class Loop:
 
     @property
     def waiting(self) -> tuple[int, ...]:
+        """Which observers the loop stops for."""
         return tuple(i for i, w in enumerate(self.watches) if w.waits)
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether one of them looks at the step taken last."""
+        return any(w.waits and not w.steps for w in self.watches)
 
     def attempt(self, place: Any, c: Carry) -> Carry:
         """Try one step."""
@@ -128,39 +144,35 @@ class Loop:
         slope = choose(method.reused(step.slopes[-1]), c.slope) if solver.estimates else ()
         t, slot = (None, place[-1]) if solver.lands else (control.t, None)
         seen = Seen(window, c.s, step.slopes, accept, t, slot)
-        waiting = self.waiting
-        observed = tuple(
-            m if i in waiting else w.step(march, problem, m, seen) for i, (w, m) in enumerate(zip(self.watches, c.observed, strict=True))
-        )
-        last = (window.t, window.h, c.s, step.slopes, t) if waiting else ()
+        watched = zip(self.watches, c.observed, strict=True)
+        observed = tuple(w.step(march, problem, m, seen) if w.steps else m for w, m in watched)
+        last = (window.t, window.h, c.s, step.slopes, t) if self.looks_back else ()
         return Carry(choose(step.state, c.s), slope, control, observed, last)
 
-    def until_due(self, running: Callable[[Carry], Array], c: Carry) -> Carry:
-        """Step while running, and serve observers that wait where they are due."""
+    def until_due(self, running: Callable[[Any], Array], c: Carry) -> Carry:
+        """Step while the control says that it is running, and serve observers that wait where they are due."""
         march, problem, waiting = self.march, self.problem, self.waiting
         step = partial(self.attempt, None)
         if not waiting:
-            return march.runner.until(lambda c: ~running(c), step, c)
+            return march.runner.until(lambda c: ~running(c.control), step, c)
 
         def serve(c: Carry) -> Carry:
-            # The loop inside carries nothing of those that wait: XLA on a CPU compiles a loop over less than a kilobyte as one function.
-            watching = [c.observed[i] for i in waiting]
-            due = [self.watches[i].due(march, problem, m) for i, m in zip(waiting, watching, strict=True)]
-            rest = tuple(() if i in waiting else m for i, m in enumerate(c.observed))
+            # The loop inside carries nothing of those that only wait: XLA on a CPU compiles one over less than a kilobyte as one function.
+            held = {i: c.observed[i] for i in waiting if not self.watches[i].steps}
+            due = {i: self.watches[i].due(march, problem, c.observed[i], c) for i in waiting}
 
             def stop(c: Carry) -> Array:
-                t = march.solver.time(c.control)
-                return reduce(jnp.logical_or, (d(t) for d in due), ~running(c))
+                return reduce(jnp.logical_or, (d(c.control) for d in due.values()), ~running(c.control))
 
-            c = march.runner.until(stop, step, c._replace(observed=rest))
-            t, h, s, slopes, reached = c.last
-            seen = Seen(march.window(problem, t, h, None), s, slopes, True, reached, None)
-            observed = list(c.observed)
-            for i, m in zip(waiting, watching, strict=True):
-                observed[i] = self.watches[i].step(march, problem, m, seen)
+            c = c._replace(observed=tuple(() if i in held else m for i, m in enumerate(c.observed)))
+            c = march.runner.until(stop, step, c)
+            observed = [held.get(i, m) for i, m in enumerate(c.observed)]
+            for i in waiting:
+                now = due[i](c.control) & running(c.control)
+                observed[i] = self.watches[i].serve(march, problem, observed[i], now, c)
             return c._replace(observed=tuple(observed))
 
-        return march.runner.until(lambda c: ~running(c), serve, c)
+        return march.runner.until(lambda c: ~running(c.control), serve, c)
 
     def saved(self, c: Carry) -> tuple[State, Array]:
         return self.march.saved_as(c.s)
@@ -217,11 +229,10 @@ class March:
         """The last carry of the loop, what was saved between intervals, and the slope at the start."""
         s, slope = self.initial(problem)
         control = self.solver.init(self, problem, s, slope)
-        reused = self.method.reused(slope) if slope is not None else ()
-        observed = tuple(w.init(self, problem, s, control) for w in watches)
+        c = Carry(s, self.method.reused(slope) if slope is not None else (), control, (), ())
+        c = c._replace(observed=tuple(w.init(self, problem, c) for w in watches))
         loop = Loop(self, problem, tuple(watches))
-        c = Carry(s, reused, control, observed, ())
-        if loop.waiting:  # before the first step nothing is due
+        if loop.looks_back:  # before the first step nothing is due
             c = c._replace(last=jax.tree.map(jnp.zeros_like, jax.eval_shape(partial(loop.attempt, None), c).last))
         if not self._in_turns(watches):
             return *self.solver.drive(self, problem, loop, c), slope
@@ -261,15 +272,41 @@ class March:
     def run(self, problem: Problem) -> Outcome:
         return self.outcome(problem, *self.march(problem, self.saves))
 
-    def record(self, problem: Problem, keep: int) -> tuple[Outcome, tuple]:
-        """The outcome, and (grid, last state, states that steps 0, keep, 2 keep … start from; none where keep is 0)."""
-        watches = (*self.saves, Record(keep)) if keep or not self.solver.lands else self.saves
+    def record(self, problem: Problem, record: Record | None) -> tuple[Outcome, Kept]:
+        """The outcome, and what the record kept."""
+        watches = self.saves if record is None else (*self.saves, record)
         c, saved, slope = self.march(problem, watches)
-        recorded = c.observed[-1] if len(watches) > len(self.saves) else None
-        grid = Grid((), (), (), ())
+        outcome = self.outcome(problem, c, saved, slope)
+        kept = Recorded((), (), (), ()) if record is None else c.observed[-1]
+        grid = Grid((), (), (), (), (), ())
         if not self.solver.lands:
-            grid = Grid(recorded.slots, recorded.times, c.control.accepted, self.solver.arrived(problem.ts, c.control))
-        return self.outcome(problem, c, saved, slope), (grid, c.s, recorded.states if recorded else ())
+            arrived, start = self.solver.arrived(problem.ts, c.control), self.rows.spread(problem.ts[0])
+            grid = Grid(kept.slots, kept.times, start, c.control.accepted, arrived, c.control.loops)
+        return outcome, Kept(grid, c.s, kept.states, kept.chapters)
+
+    def chapter(self, problem: Problem, kept: Kept, record: Record, k: Array) -> tuple[Kept, Array]:
+        """What was kept of chapter k, and how many steps its rows had accepted at its end.
+
+        That of the last chapter is there; another is found again from where it starts.
+        """
+        loops, (s, slope, control), (_, _, next_) = kept.grid.loops, take(kept.chapters, k), take(kept.chapters, k + 1)
+        again = replace(record, chapters=0)
+
+        def there() -> tuple[Kept, Array]:
+            return kept._replace(grid=kept.grid._replace(start=control.t), chapters=s), kept.grid.accepted
+
+        def found() -> tuple[Kept, Array]:
+            c = Carry(s, slope, control._replace(loops=k * record.slots), (), ())
+            c = c._replace(observed=(again.init(self, problem, c),))
+            step = partial(Loop(self, problem, (again,)).attempt, None)
+            c = self.runner.until(lambda c: c.control.loops >= (k + 1) * record.slots, step, c)
+            recorded, end = c.observed[0], c.control
+            times = jnp.where(recorded.times == end.t, next_.t, recorded.times)  # rounded otherwise, steps land where the next ones start
+            accepted = jnp.where(next_.h == 0, end.accepted, kept.grid.accepted)
+            grid = Grid(recorded.slots, times, control.t, accepted, kept.grid.arrived, loops)
+            return Kept(grid, c.s, recorded.states, s), end.accepted
+
+        return jax.lax.cond(k == (loops - 1) // record.slots, there, found)
 
     @property
     def saves(self) -> tuple[Watch, ...]:
@@ -444,27 +481,32 @@ class March:
         stats = Stats(*(rows.flat(rows.spread(jnp.asarray(x, jnp.int32))) for x in outcome.stats))
         return Outcome(ys, rows.flat(outcome.good), stats, rows.flat(outcome.status), rows.flat(rows.spread(outcome.reached)))
 
-    def recorded_from_layout(self, kept: tuple) -> tuple:
-        """What was recorded, each array led by the rows."""
+    def kept_from_layout(self, kept: Kept) -> Kept:
+        """What was kept, each array led by the rows."""
         rows = self.rows
         if rows.size is None:
             return kept
-        grid, last, states = kept
-        if not self.solver.lands:
-            slots = jnp.broadcast_to(grid.slots, (rows.size,))
-            grid = Grid(slots, *(rows.flat(x) for x in grid[1:]))
-        return grid, jax.tree.map(rows.from_layout, last), jax.tree.map(lambda x: rows.from_layout(x, 1), states)
+        shared = lambda x: jnp.broadcast_to(x, (rows.size,))
+        return self._kept(kept, shared, rows.flat, rows.from_layout)
 
-    def recorded_to_layout(self, kept: tuple) -> tuple:
-        """The inverse of `recorded_from_layout`."""
+    def kept_to_layout(self, kept: Kept) -> Kept:
+        """The inverse of `kept_from_layout`."""
         rows = self.rows
         if rows.size is None:
             return kept
-        grid, last, states = kept
+        shared = lambda x: jnp.max(x, initial=0)
+        return self._kept(kept, shared, rows.column, lambda x, lead: rows.to_layout(x, True, lead))
+
+    def _kept(self, kept: Kept, shared: Callable, columns: Callable, states: Callable) -> Kept:
+        """The same functions of all that rows share, of their numbers and of their states."""
+        grid, last, table, chapters = kept
         if not self.solver.lands:
-            grid = Grid(jnp.max(grid.slots, initial=0), *(rows.column(x) for x in grid[1:]))
-        to = lambda x, lead: rows.to_layout(x, True, lead)
-        return grid, jax.tree.map(lambda x: to(x, 0), last), jax.tree.map(lambda x: to(x, 1), states)
+            grid = Grid(shared(grid.slots), *map(columns, grid[1:-1]), shared(grid.loops))
+        if chapters:
+            s, slope, control = chapters
+            s, slope = jax.tree.map(lambda x: states(x, 1), (s, slope))
+            chapters = s, slope, jax.tree.map(columns, control)
+        return Kept(grid, jax.tree.map(lambda x: states(x, 0), last), jax.tree.map(lambda x: states(x, 1), table), chapters)
 
     def cotangents_from_layout(self, c: Cotangents) -> tuple:
         """Cotangents of (ts, y0, shared, layers), with a leading row axis for what differs by row."""
@@ -502,21 +544,36 @@ class March:
 
 
 def reverse(
-    march: March, problem: Problem, good: Array, grid: Grid, g: State, store: Any, recover: Callable
+    march: March, problem: Problem, good: Array, kept: Kept, g: State, record: Record | None, recovery: Callable
 ) -> tuple[Cotangents, State]:
-    """Pull the cotangents g of the saved states back over the grid; recover(i, store) -> (state at slot i, store).
+    """Pull the cotangents g of the saved states back over the grid; recovery(kept) -> (store, recover), and recover(i, store) ->
+    (the state that step i starts from, store), asked for the last step first.
 
     Returns the cotangents of the problem and the last state recovered, that at the start.
     """
-    n, start = march.slots(problem, grid), march.initial(problem)[0]
+    start = march.initial(problem)[0]
 
-    def body(k: Array, carry: tuple) -> tuple:
-        store, _, c = carry
-        i = n - 1 - k
-        s, store = recover(i, store)
-        return (store, s, march.pull(problem, good, grid, g, i, s, c, start)), None
+    def back(kept: Kept, c: Cotangents) -> tuple[State, Cotangents]:
+        grid, (store, recover), n = kept.grid, recovery(kept), march.slots(problem, kept.grid)
 
-    (_, first, c), _ = march.runner.repeat(n, body, (store, start, march.terminal(problem, good, grid, g)))
+        def body(k: Array, carry: tuple) -> tuple:
+            store, _, c = carry
+            i = n - 1 - k
+            s, store = recover(i, store)
+            return (store, s, march.pull(problem, good, grid, g, i, s, c, start)), None
+
+        return march.runner.repeat(n, body, (store, start, c))[0][1:]
+
+    def chapter(k: Array, carry: tuple) -> tuple:
+        part, left = march.chapter(problem, kept, record, chapters - 1 - k)
+        return back(part, carry[1]._replace(left=left)), None
+
+    c = march.terminal(problem, good, kept.grid, g)
+    if record is None or not record.chapters:
+        first, c = back(kept, c)
+    else:
+        chapters = (kept.grid.loops + record.slots - 1) // record.slots
+        (first, c), _ = march.runner.repeat(chapters, chapter, (start, c))
     return march.at_initial(problem, g, c), first
 
 

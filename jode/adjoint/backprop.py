@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jode.adjoint.discrete import Discrete
-from jode.control import Grid
-from jode.march import March, Plan, Problem
+from jode.march import Kept, March, Plan, Problem
+from jode.observe import Record
 from jode.tree import State, put, stack_zeros, take, where
-from jode.tuning import BUDGET, PLENTY
+from jode.tuning import BUDGET, LITTLE, MOST_CHAPTERS, PLENTY, RECORD
 
 AUTO = "auto"
 
@@ -40,8 +40,12 @@ class Backprop(Discrete):
         if not (k is None or k == AUTO or (isinstance(k, int) and not isinstance(k, bool) and k >= 1)):
             raise ValueError(f"Backprop: checkpoints must be None (store every step) or a positive int, got {k!r}")
 
-    def keep(self, plan: Plan, rows: int) -> int:
-        return int(self.storage(plan, rows) is None)
+    def records(self, plan: Plan, rows: int) -> Record | None:
+        keep = int(self.storage(plan, rows) is None)
+        if plan.solver.lands:
+            return Record(keep, plan.most) if keep else None
+        slots = _slots(plan, rows)
+        return Record(keep, slots, 0 if slots == plan.most else -(-plan.most // slots))
 
     def straight(self, plan: Plan, rows: int) -> bool:
         return plan.steps is not None and self.storage(plan, rows) is None
@@ -50,15 +54,15 @@ class Backprop(Discrete):
         checkpoints = None if self.checkpoints is None else self.storage(plan, rows)
         return jnp.zeros_like(steps) if checkpoints is None else jnp.maximum(recomputed(steps, checkpoints), 0)
 
-    def recovery(self, march: March, problem: Problem, grid: Grid, kept: tuple, ys: State) -> tuple[Any, Callable]:
+    def recovery(self, march: March, problem: Problem, kept: Kept, ys: State) -> tuple[Any, Callable]:
         checkpoints = self.storage(march.plan, march.rows.size or 1)
         if checkpoints is None:
-            return kept[1], lambda i, states: (take(states, i), states)
-        return _recompute(march, problem, grid, checkpoints)
+            return kept.states, lambda i, states: (take(states, i), states)
+        return _recompute(march, problem, kept, checkpoints)
 
     def storage(self, plan: Plan, rows: int) -> int | None:
         """How many states to keep; None where every step's is kept by the march itself."""
-        most = plan.most
+        most = plan.most if plan.solver.lands else _slots(plan, rows)
         if self.checkpoints == AUTO:
             checkpoints = max(16, BUDGET // max(1, plan.layout.nbytes * plan.solver.method.parts * rows))
         elif self.checkpoints is not None:
@@ -75,9 +79,17 @@ class Backprop(Discrete):
         return min(checkpoints, PLENTY) if self.checkpoints == AUTO else checkpoints
 
 
-def _recompute(march: March, problem: Problem, grid: Grid, keep: int) -> tuple[Any, Callable]:
+def _slots(plan: Plan, rows: int) -> int:
+    """How many steps of a found grid are recorded at once: all that may be taken, where tables of that length cost little."""
+    step = plan.layout.nbytes * plan.solver.method.parts + jnp.dtype(plan.time).itemsize
+    if plan.most * step * rows <= LITTLE:
+        return plan.most
+    return min(plan.most, max(RECORD, -(-plan.most // MOST_CHAPTERS)))
+
+
+def _recompute(march: March, problem: Problem, kept: Kept, keep: int) -> tuple[Any, Callable]:
     """Recover the state at the start of step i by marching on from the last of at most `keep` checkpoints before it."""
-    first = march.initial(problem)[0]
+    grid, first = kept.grid, kept.chapters or march.initial(problem)[0]
     states = put(stack_zeros(keep, first), 0, first)
     store = (jnp.zeros((), jnp.int32), jnp.zeros(keep, jnp.int32), states)
 

@@ -12,16 +12,17 @@ import jax.numpy as jnp
 from jax import Array
 
 from jode.adjoint.rule import Adjoint, contained, only_forward_over_reverse
-from jode.control import Grid, Status
-from jode.march import Cotangents, March, Outcome, Plan, Problem, reverse
+from jode.control import Status
+from jode.march import Cotangents, Kept, March, Outcome, Plan, Problem, reverse
+from jode.observe import Record
 from jode.tree import State, where
 
 
 class Discrete(Adjoint):
     """An adjoint that retraces the steps taken."""
 
-    def keep(self, plan: Plan, rows: int) -> int:
-        """The march keeps the states that steps 0, keep, 2 keep … start from; none where 0."""
+    def records(self, plan: Plan, rows: int) -> Record | None:
+        """What is recorded of the march, if anything is."""
         raise NotImplementedError
 
     def again(self, plan: Plan, rows: int, steps: Array) -> Array:
@@ -29,7 +30,7 @@ class Discrete(Adjoint):
         raise NotImplementedError
 
     def recovery(
-        self, march: March, problem: Problem, grid: Grid, kept: tuple, ys: State
+        self, march: March, problem: Problem, kept: Kept, ys: State
     ) -> tuple[Any, Callable[[Array, Any], tuple[State, Any]]]:
         """A store, and recover(i, store) -> (the state that step i starts from, store), asked for the last step first."""
         raise NotImplementedError
@@ -51,22 +52,22 @@ class Discrete(Adjoint):
         backward = outcome.stats.nfe_backward + again * plan.solver.method.evaluations
         return outcome._replace(stats=outcome.stats._replace(nfe_backward=backward))
 
-    def record(self, march: March, problem: Problem) -> tuple[Outcome, Any]:
-        outcome, kept = march.record(problem, self.keep(march.plan, march.rows.size or 1))
-        return outcome, march.recorded_from_layout(kept)
+    def record(self, march: March, problem: Problem) -> tuple[Outcome, Kept]:
+        outcome, kept = march.record(problem, self.records(march.plan, march.rows.size or 1))
+        return outcome, march.kept_from_layout(kept)
 
-    def pull(self, march: March, problem: Problem, outcome: Outcome, kept: Any, ybar: State) -> tuple:
-        rows = march.rows
-        grid, *states = march.recorded_to_layout(kept)
+    def pull(self, march: March, problem: Problem, outcome: Outcome, kept: Kept, ybar: State) -> tuple:
+        rows, kept = march.rows, march.kept_to_layout(kept)
         good = rows.column(outcome.good)
         failed = rows.column(outcome.status) != int(Status.success)
-        at_start = march.failed_at_start(grid, good, failed)
+        at_start = march.failed_at_start(kept.grid, good, failed)
         unrecoverable = failed & self.unrecoverable(march)
+        record = self.records(march.plan, rows.size or 1)
 
         def pull(problem: Problem, g: State) -> tuple[Cotangents, Array]:
             ys = tuple(rows.to_layout(x, True, 1) for x in outcome.ys)
-            store, recover = self.recovery(march, problem, grid, tuple(states), ys)
-            c, first = reverse(march, problem, good, grid, g, store, recover)
+            recovery = lambda kept: self.recovery(march, problem, kept, ys)
+            c, first = reverse(march, problem, good, kept, g, record, recovery)
             c = c._replace(s=where(at_start, tuple(x[0] for x in g), c.s))
             return c, (unrecoverable | self.drifted(march, problem, first, ys)) & ~at_start
 

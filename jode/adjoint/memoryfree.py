@@ -12,8 +12,8 @@ from jax import Array
 
 from jode.adjoint.discrete import Discrete
 from jode.adjoint.rule import drift
-from jode.control import Grid
-from jode.march import March, Plan, Problem
+from jode.march import Kept, March, Plan, Problem
+from jode.observe import Record
 from jode.tree import State, real_dtype, take, where
 from jode.tuning import GROWTH, SEGMENTS
 
@@ -43,7 +43,12 @@ class MemoryFree(Discrete):
         if not (k is None or k == AUTO or (isinstance(k, int) and not isinstance(k, bool) and k >= 1)):
             raise ValueError(f"MemoryFree: anchors must be None or a positive int, got {k!r}")
 
-    def keep(self, plan: Plan, rows: int) -> int:
+    def records(self, plan: Plan, rows: int) -> Record | None:
+        keep = self._anchored(plan)
+        return Record(keep, plan.most) if keep or not plan.solver.lands else None
+
+    def _anchored(self, plan: Plan) -> int:
+        """States are kept that steps 0, n, 2 n … start from; none where n is 0."""
         if self.anchors != AUTO:
             return int(self.anchors or 0) if plan.most else 0
         growth = math.log(plan.solver.method.growth)
@@ -58,17 +63,16 @@ class MemoryFree(Discrete):
     def unrecoverable(self, march: March) -> bool:
         return march.solver.lands and march.method.parts > 1
 
-    def recovery(self, march: March, problem: Problem, grid: Grid, kept: tuple, ys: State) -> tuple[Any, Callable]:
-        last, anchors = kept
-        keep = self.keep(march.plan, march.rows.size or 1)
+    def recovery(self, march: March, problem: Problem, kept: Kept, ys: State) -> tuple[Any, Callable]:
+        keep = self._anchored(march.plan)
 
         def recover(i: Array, s1: State) -> tuple[State, State]:
-            s = march.invert(problem, grid, i, s1, ys)
+            s = march.invert(problem, kept.grid, i, s1, ys)
             if keep:
-                s = where(i % keep == 0, take(anchors, i // keep), s)
+                s = where(i % keep == 0, take(kept.states, i // keep), s)
             return s, s
 
-        return last, recover
+        return kept.last, recover
 
     def drifted(self, march: March, problem: Problem, first: State, ys: State) -> Array:
         return ~(drift(march, march.method.read(first), problem.y0, ys) <= self.max_drift)

@@ -148,7 +148,7 @@ class Adaptive(Solver):
         return accept, Progress(t, h, errors, accepted, tried, c.loops + 1)
 
     def drive(self, march: March, problem: Problem, loop: Any, c: Any) -> tuple[Any, Any]:
-        return loop.until_due(lambda c: self.running(c.control, march.few), c), None
+        return loop.until_due(partial(self.running, few=march.few), c), None
 
     def may_stand(self, march: March, problem: Problem) -> bool:
         return march.rows.size is not None
@@ -185,7 +185,7 @@ class Adaptive(Solver):
         left: how many of its accepted steps a row has taken after this one; for derivatives alone, which ask where times come from.
         """
         times = grid.times
-        start = jnp.where(i == 0, march.rows.spread(problem.ts[0]), times[jnp.maximum(i - 1, 0)])
+        start = jnp.where(i == 0, grid.start, times[jnp.maximum(i - 1, 0)])
         end = times[i]
         if left is None:
             return (0, -1), lambda a, b: (start, end - start)

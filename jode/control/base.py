@@ -46,16 +46,18 @@ class Stats(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """The steps taken, in slots common to all rows: step i of a row ends at times[i], which starts where the last one ended.
+    """The steps taken, in slots common to all rows: step i of a row ends at times[i], and starts where the last one ended, or at start.
 
-    slots: how many. times: by slot, or () where they follow from the save times, and then so do the others. accepted: the steps of
-    each row; in the other slots a row stands still. arrived: whether the last of them ends at the last save time.
+    slots: how many. accepted: the steps of each row; in the other slots a row stands still. arrived: whether the last of them ends at
+    the last save time. loops: how often the loop ran. All are () where steps follow from the save times.
     """
 
     slots: Any
-    times: Any = ()
-    accepted: Any = ()
-    arrived: Any = ()
+    times: Any
+    start: Any
+    accepted: Any
+    arrived: Any
+    loops: Any
 
 
 class Solver:

@@ -11,7 +11,7 @@ from jode.tree import State
 from jode.window import Window
 
 if TYPE_CHECKING:
-    from jode.march import March, Problem
+    from jode.march import Carry, March, Problem
 
 
 class Seen(NamedTuple):
@@ -27,18 +27,24 @@ class Seen(NamedTuple):
 
 
 class Watch:
-    """An observer inside the loop, for all rows at once. Its carry is one more part of the loop's."""
+    """An observer inside the loop, for all rows at once. Its carry is one more part of the loop's. It is told of every step tried
+    (`steps`), or the loop stops where it is due and serves it (`waits`), or both."""
 
-    waits: bool = False  # whether it is served only where `due` says so: the loop then steps on without it
+    steps: bool = True
+    waits: bool = False
 
-    def init(self, march: March, problem: Problem, s: State, control: Any) -> Any:
-        """Its carry at the start, given the method's state and the control's carry there."""
-        raise NotImplementedError
-
-    def due(self, march: March, problem: Problem, carry: Any) -> Callable[[Array], Array]:
-        """Whether a row that has reached a time must be served before the next step, as a function of that time."""
+    def init(self, march: March, problem: Problem, c: Carry) -> Any:
+        """Its carry at the start, given the loop's, without observers."""
         raise NotImplementedError
 
     def step(self, march: March, problem: Problem, carry: Any, seen: Seen) -> Any:
         """Its carry after a step was tried."""
+        raise NotImplementedError
+
+    def due(self, march: March, problem: Problem, carry: Any, c: Carry) -> Callable[[Any], Array]:
+        """Whether it must be served before the next step, as a function of the control's carry; c is the loop's now."""
+        raise NotImplementedError
+
+    def serve(self, march: March, problem: Problem, carry: Any, due: Array, c: Carry) -> Any:
+        """Its carry after it was served; where it is not due, another is."""
         raise NotImplementedError

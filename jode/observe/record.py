@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,34 +10,48 @@ import jax.numpy as jnp
 from jax import Array
 
 from jode.observe.base import Seen, Watch
-from jode.tree import State, stack_full, stack_zeros, store
+from jode.tree import put, stack_full, stack_zeros, store
 
 if TYPE_CHECKING:
-    from jode.march import March, Problem
+    from jode.march import Carry, March, Problem
 
 
 class Recorded(NamedTuple):
-    """The accepted steps, common to all rows: how many, the time each ends at, and the state that every so many start from."""
+    """The accepted steps of the last chapter, in slots common to all rows: how many, the time each ends at, and the state that every
+    so many start from; and what the loop carried where each chapter starts."""
 
     slots: Any
     times: Any
     states: Any
+    chapters: Any
 
 
 @dataclass(frozen=True)
 class Record(Watch):
-    """With `keep` the states that steps 0, keep, 2 keep … start from are kept; none where it is 0. Times are where steps are found."""
+    """With `keep` the states that steps 0, keep, 2 keep … start from are kept; none where it is 0. Times are where steps are found.
+
+    The tables have `slots` of them. With `chapters`, when the loop has run so often it starts a new one, at most so many: what it carries
+    is kept, and the slots are used again. The steps of a chapter but the last are found again from there, so that tables cost what
+    steps take, and not what `max_steps` allows.
+    """
 
     keep: int
+    slots: int
+    chapters: int = 0
 
-    def init(self, march: March, problem: Problem, s: State, control: Any) -> Recorded:
-        most = march.plan.most
+    @property
+    def waits(self) -> bool:
+        return self.chapters > 0
+
+    def init(self, march: March, problem: Problem, c: Carry) -> Recorded:
         if march.solver.lands:
-            return Recorded((), (), stack_zeros(-(-most // self.keep), s) if self.keep else ())
+            return Recorded((), (), stack_zeros(-(-self.slots // self.keep), c.s) if self.keep else (), ())
         # Entries never written are never read. Filled with the width, the tables are made after it: more than eight kernels that could
         # run at once make XLA's CPU runtime call in other threads, which costs more than a small solve.
-        states = stack_full(-(-most // self.keep), s, control.h) if self.keep else ()
-        return Recorded(jnp.zeros((), jnp.int32), stack_full(most, control.t, control.h), states)
+        t, h = c.control.t, c.control.h
+        states = stack_full(-(-self.slots // self.keep), c.s, h) if self.keep else ()
+        chapters = put(stack_full(self.chapters + 1, _start(c), h), 0, _start(c)) if self.chapters else ()
+        return Recorded(jnp.zeros((), jnp.int32), stack_full(self.slots, t, h), states, chapters)
 
     def step(self, march: March, problem: Problem, carry: Recorded, seen: Seen) -> Recorded:
         slot = carry.slots if seen.slot is None else seen.slot
@@ -44,4 +59,18 @@ class Record(Watch):
         if seen.slot is not None:
             return carry._replace(states=states)
         moved: Array = jnp.any(seen.accept).astype(jnp.int32)
-        return Recorded(slot + moved, carry.times.at[slot].set(seen.t), states)
+        return Recorded(slot + moved, carry.times.at[slot].set(seen.t), states, carry.chapters)
+
+    def due(self, march: March, problem: Problem, carry: Recorded, c: Carry) -> Callable[[Any], Array]:
+        next_ = (c.control.loops // self.slots + 1) * self.slots
+        return lambda control: control.loops >= next_
+
+    def serve(self, march: March, problem: Problem, carry: Recorded, due: Array, c: Carry) -> Recorded:
+        index = jnp.where(due, c.control.loops // self.slots, self.chapters)  # the last entry takes what is not wanted
+        chapters = put(carry.chapters, index, _start(c))
+        return carry._replace(slots=jnp.where(due, 0, carry.slots), chapters=chapters)
+
+
+def _start(c: Carry) -> tuple:
+    """What the loop carries at the start of a chapter; how often it has run follows from the chapter."""
+    return c.s, c.slope, c.control._replace(loops=())

@@ -15,7 +15,7 @@ from jode.observe.base import Seen, Watch
 from jode.tree import State, add, increment, increment_stacked, nan_unless, zeros_like
 
 if TYPE_CHECKING:
-    from jode.march import March, Problem
+    from jode.march import Carry, March, Problem
 
 
 class Saves(NamedTuple):
@@ -42,7 +42,7 @@ class Interpolated(Watch):
 
     waits: bool
 
-    def init(self, march: March, problem: Problem, s: State, control: Any) -> Saves:
+    def init(self, march: March, problem: Problem, c: Carry) -> Saves:
         ts, y0, rows = problem.ts, problem.y0, march.rows
         same = at_start(ts)[1:-1]
         ys = tuple(jnp.where(_beside(same, x), x[None], jnp.zeros_like(x)[None]) for x in y0)
@@ -53,10 +53,18 @@ class Interpolated(Watch):
         ts = problem.ts
         return (j < ts.shape[0] - 1) & (direction(ts) * (march.rows.pick(ts, j) - t) <= 0)
 
-    def due(self, march: March, problem: Problem, carry: Saves) -> Callable[[Array], Array]:
+    @property
+    def steps(self) -> bool:
+        return not self.waits
+
+    def due(self, march: March, problem: Problem, carry: Saves, c: Carry) -> Callable[[Any], Array]:
         ts, j = problem.ts, carry.next
         sign, next_, more = direction(ts), march.rows.pick(ts, j), j < ts.shape[0] - 1
-        return lambda t: more & (sign * (next_ - t) <= 0)
+        return lambda control: jnp.any(more & (sign * (next_ - control.t) <= 0))
+
+    def serve(self, march: March, problem: Problem, carry: Saves, due: Array, c: Carry) -> Saves:
+        t, h, s, slopes, reached = c.last
+        return self.step(march, problem, carry, Seen(march.window(problem, t, h, None), s, slopes, True, reached, None))
 
     def step(self, march: March, problem: Problem, carry: Saves, seen: Seen) -> Saves:
         """Interpolate at every interior save time that the accepted step has passed."""
