@@ -20,10 +20,11 @@ from jode.control import Grid, Solver, Stats, Status
 from jode.method import Method
 from jode.native import Batch, Promise
 from jode.observe import Interpolated, Record, Recorded, Seen, Watch
+from jode.observe.record import chapter_start
 from jode.observe.saves import Bars, at_start
 from jode.rows import Rows
 from jode.runner import Compiled, Runner
-from jode.tree import Layout, State, add, entry, nan_unless, put, take, where, zeros_like
+from jode.tree import Layout, State, add, entry, nan_unless, stack_zeros, take, where, zeros_like
 from jode.turns import in_groups
 from jode.tuning import FEW_LEFT, GROUP, grouped, rolled, stops_at_saves
 from jode.window import Params, Window, at_fraction, at_nodes
@@ -93,13 +94,14 @@ class Carry(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the way back needs: the grid, and the states kept, of the last chapter; the last state, and where the chapters start (of
-    one chapter alone: its first state)."""
+    """What the way back needs: the grid, and the states kept, of the last chapter; the last state, and where the chapters start.
+    first: of a chapter, its first state. What is not kept is a table without entries, so that every batch keeps the same arrays."""
 
     grid: Grid
     last: State
-    states: Any
+    states: State
     chapters: Any
+    first: State = ()
 
 
 class Cotangents(NamedTuple):
@@ -282,7 +284,8 @@ class March:
         if not self.solver.lands:
             arrived, start = self.solver.arrived(problem.ts, c.control), self.rows.spread(problem.ts[0])
             grid = Grid(kept.slots, kept.times, start, c.control.accepted, arrived, c.control.loops)
-        return outcome, Kept(grid, c.s, kept.states, kept.chapters)
+        states = kept.states or stack_zeros(0, c.s)
+        return outcome, Kept(grid, c.s, states, kept.chapters or stack_zeros(0, chapter_start(c)))
 
     def chapter(self, problem: Problem, kept: Kept, record: Record, k: Array) -> tuple[Kept, Array]:
         """What was kept of chapter k, and how many steps its rows had accepted at its end.
@@ -293,7 +296,7 @@ class March:
         again = replace(record, chapters=0)
 
         def there() -> tuple[Kept, Array]:
-            return kept._replace(grid=kept.grid._replace(start=control.t), chapters=s), kept.grid.accepted
+            return kept._replace(grid=kept.grid._replace(start=control.t), first=s), kept.grid.accepted
 
         def found() -> tuple[Kept, Array]:
             c = Carry(s, slope, control._replace(loops=k * record.slots), (), ())
@@ -301,10 +304,10 @@ class March:
             step = partial(Loop(self, problem, (again,)).attempt, None)
             c = self.runner.until(lambda c: c.control.loops >= (k + 1) * record.slots, step, c)
             recorded, end = c.observed[0], c.control
-            times = jnp.where(recorded.times == end.t, next_.t, recorded.times)  # rounded otherwise, steps land where the next ones start
+            times = jnp.where(recorded.times == end.t[None], next_.t[None], recorded.times)  # rounded otherwise, steps land where the next ones start
             accepted = jnp.where(next_.h == 0, end.accepted, kept.grid.accepted)
             grid = Grid(recorded.slots, times, control.t, accepted, kept.grid.arrived, loops)
-            return Kept(grid, c.s, recorded.states, s), end.accepted
+            return Kept(grid, c.s, recorded.states or kept.states, kept.chapters, s), end.accepted
 
         return jax.lax.cond(k == (loops - 1) // record.slots, there, found)
 
@@ -499,13 +502,11 @@ class March:
 
     def _kept(self, kept: Kept, shared: Callable, columns: Callable, states: Callable) -> Kept:
         """The same functions of all that rows share, of their numbers and of their states."""
-        grid, last, table, chapters = kept
+        grid, last, table, chapters, _ = kept
         if not self.solver.lands:
             grid = Grid(shared(grid.slots), *map(columns, grid[1:-1]), shared(grid.loops))
-        if chapters:
-            s, slope, control = chapters
-            s, slope = jax.tree.map(lambda x: states(x, 1), (s, slope))
-            chapters = s, slope, jax.tree.map(columns, control)
+        s, slope, control = chapters
+        chapters = (*jax.tree.map(lambda x: states(x, 1), (s, slope)), jax.tree.map(columns, control))
         return Kept(grid, jax.tree.map(lambda x: states(x, 0), last), jax.tree.map(lambda x: states(x, 1), table), chapters)
 
     def cotangents_from_layout(self, c: Cotangents) -> tuple:

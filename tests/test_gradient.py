@@ -298,3 +298,30 @@ def test_save_times_at_the_start_have_the_slope_for_a_derivative():
     ts = jnp.array([0.0, 0.0, 0.5, 0.5, 1.0])
     for x in (ts, -ts, 0 * ts):
         np.testing.assert_allclose(found(x), known(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpoints", ["auto", 5], ids=str)
+@pytest.mark.parametrize("ts", [(0.0, 3.0), (3.0, 0.0), (0.0, 0.0, 1.1, 2.0, 3.0)], ids=["two", "back", "saves"])
+def test_a_gradient_over_chapters_of_steps_is_that_over_all_at_once(ts, checkpoints):
+    """A batch whose tables would be large records 256 steps at a time; a single row records them all. One row fails, one is done early."""
+    solver = jode.Adaptive(jode.bosh3, 1e-9, 1e-9, max_steps=1500)
+
+    def loss(y, a, ts):
+        sol = jode.solve(lambda t, y, a: jnp.stack([a * y[1], -a * y[0] * jnp.cos(t)]), y, ts, a, solver=solver, adjoint=adjoint)
+        return jnp.sum(jnp.sin(jnp.where(sol.status == 0, sol.ys, 0.0))), sol.stats.accepted
+
+    rows = 16
+    rate, y0 = jnp.linspace(0.0, 6.0, rows).at[3].set(1e3), jax.random.normal(jax.random.key(0), (rows, 2))
+    ts = jnp.asarray(ts)
+    adjoint = jode.Backprop(None)
+    alone = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+    (value, steps), exact = jax.tree.map(lambda *x: jnp.stack(x), *[alone(y0[i], rate[i], ts) for i in range(rows)])
+    adjoint = jode.Backprop(checkpoints)
+    total = lambda y, a, ts: jnp.sum(jax.vmap(lambda y, a: loss(y, a, ts)[0])(y, a))
+    found = jax.jit(jax.grad(total, (0, 1, 2)))(y0, rate, ts)
+    assert steps.max() > 600
+    assert steps.min() < 30
+    for a, b in zip(found, (*exact[:2], exact[2].sum(0)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9)
+    each = jax.jit(jax.vmap(jax.grad(lambda a, y: loss(y, a, ts)[0])))(rate, y0)
+    np.testing.assert_allclose(each, exact[1], rtol=1e-8, atol=1e-9)

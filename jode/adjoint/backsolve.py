@@ -74,7 +74,7 @@ class Integrals(Watch):
 
     march: March  # of the solve, whose field is not augmented
 
-    def init(self, march: March, problem: Problem, s: State, control: Any) -> tuple:
+    def init(self, march: March, problem: Problem, c: Any) -> tuple:
         return zeros_like(problem.params.shared), march.rows.spread(jnp.zeros((), problem.ts.dtype))
 
     def step(self, march: March, problem: Problem, carry: tuple, seen: Seen) -> tuple:

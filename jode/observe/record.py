@@ -50,7 +50,7 @@ class Record(Watch):
         # run at once make XLA's CPU runtime call in other threads, which costs more than a small solve.
         t, h = c.control.t, c.control.h
         states = stack_full(-(-self.slots // self.keep), c.s, h) if self.keep else ()
-        chapters = put(stack_full(self.chapters + 1, _start(c), h), 0, _start(c)) if self.chapters else ()
+        chapters = put(stack_full(self.chapters + 1, chapter_start(c), h), 0, chapter_start(c)) if self.chapters else ()
         return Recorded(jnp.zeros((), jnp.int32), stack_full(self.slots, t, h), states, chapters)
 
     def step(self, march: March, problem: Problem, carry: Recorded, seen: Seen) -> Recorded:
@@ -67,10 +67,10 @@ class Record(Watch):
 
     def serve(self, march: March, problem: Problem, carry: Recorded, due: Array, c: Carry) -> Recorded:
         index = jnp.where(due, c.control.loops // self.slots, self.chapters)  # the last entry takes what is not wanted
-        chapters = put(carry.chapters, index, _start(c))
+        chapters = put(carry.chapters, index, chapter_start(c))
         return carry._replace(slots=jnp.where(due, 0, carry.slots), chapters=chapters)
 
 
-def _start(c: Carry) -> tuple:
+def chapter_start(c: Carry) -> tuple:
     """What the loop carries at the start of a chapter; how often it has run follows from the chapter."""
-    return c.s, c.slope, c.control._replace(loops=())
+    return c.s, c.slope, c.control and c.control._replace(loops=())
