@@ -3,14 +3,16 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jode.adjoint import Backprop, Backsolve, ForwardMode, MemoryFree
+from jode.adjoint import Adjoint, Backprop, Backsolve, ForwardMode, MemoryFree
 from jode.depth import resnet
 from jode.control import Adaptive, Fixed, Layers, Stats, Status
 from jode.ivp import Solution, SolveError, check, odeint, solve
 from jode.method import (
+    Method,
     Momentum,
     Reversible,
     RungeKutta,
+    Step,
     bosh3,
     dopri5,
     dopri8,
@@ -23,6 +25,8 @@ from jode.method import (
     rk4,
     tsit5,
 )
+from jode.observe import Observer
+from jode.runner import Compiled, Eager, Runner
 from jode.tableau import Tableau
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from jode.control import Adaptive, Solver, Stats, Status
 from jode.control.base import concrete
 from jode.march import Plan, Problem
 from jode.method import Method
+from jode.observe import Observed, Observer, observing
 from jode.tree import Layout, State, is_inexact, nan_unless, widest
 from jode.window import Params
 
@@ -36,6 +37,7 @@ class Solution:
 
     `ys` has the structure of y0 with a leading axis for the save times `ts`. `reached` is the time up to which the solution is
     known: ts[-1] after success, else the end of the last accepted step (`Adaptive`) or the last save time that is finite.
+    `observed` has the structure of `observe`, with what each observer kept.
     """
 
     ts: Array
@@ -43,9 +45,19 @@ class Solution:
     stats: Stats
     status: Array
     reached: Array
+    observed: Any = None
 
 
-def solve(f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Any = Adaptive(), adjoint: Any = Backprop()) -> Solution:
+def solve(
+    f: Callable,
+    y0: Any,
+    ts: Any,
+    args: Any = None,
+    *,
+    solver: Solver = Adaptive(),
+    adjoint: Adjoint = Backprop(),
+    observe: Any = None,
+) -> Solution:
     """Solve dy/dt = f(t, y, args), y(ts[0]) = y0, and return y at every save time.
 
     Args:
@@ -60,7 +72,8 @@ def solve(f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Any = Adap
             Other leaves, Python ints among them, are static: f may use them as a shape or a count, and each new value compiles
             anew. `jnp.asarray(n)` makes data of an int.
         solver: `Fixed`, `Adaptive` or `Layers`; under `Layers` arrays in args lead with depth and f gets one slice per step.
-        adjoint: how gradients are computed, by default exactly (`Backprop`).
+        adjoint: how gradients are computed, by default exactly (`Backprop`). Forward derivatives are exact whatever it is.
+        observe: an `Observer`, or a pytree of them: what to keep of every step.
 
     Returns:
         A `Solution`. A trajectory that failed is NaN from the failing time on and `status` says why; see `jode.check`. What is
@@ -76,13 +89,15 @@ def solve(f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Any = Adap
     y0 = _state(y0)
     ts = _times(ts, y0)
     solver = solver.checked(y0)
-    dynamic, static = _partition((f, args, solver))
+    dynamic, static = _partition((f, args, solver, *_observers(observe)))
     run = _solve_jitted if _hashable(static) and _hashable(adjoint) else _solve
     checked = all(concrete(x) for x in (ts, *jax.tree.leaves(solver)))
     return run(y0, ts, dynamic, static, adjoint, checked)
 
 
-def odeint(f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Any = Adaptive(), adjoint: Any = Backprop()) -> Any:
+def odeint(
+    f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Solver = Adaptive(), adjoint: Adjoint = Backprop()
+) -> Any:
     """`solve(...).ys`: the states at the save times, without counts or status."""
     return solve(f, y0, ts, args, solver=solver, adjoint=adjoint).ys
 
@@ -253,9 +268,22 @@ def _hashable(x: Any) -> bool:
     return True
 
 
+def _observers(observe: Any) -> tuple[list, Any]:
+    """The observers, and their places in a pytree."""
+    observers, treedef = jax.tree.flatten(observe, is_leaf=lambda x: isinstance(x, Observer))
+    for o in observers:
+        if not isinstance(o, Observer):
+            raise TypeError(f"observe must be a jode.Observer or a pytree of them, got {type(o).__name__}")
+    return observers, treedef
+
+
 def _solve(y0: Any, ts: Array, dynamic: list, static: Any, adjoint: Any, checked: bool) -> Solution:
-    f, args, solver = _combine(dynamic, static)
-    layout, ts = Layout.of(y0), jnp.asarray(ts)
+    f, args, solver, observers, places = _combine(dynamic, static)
+    y, ts = y0, jnp.asarray(ts)
+    if observers:
+        first = jax.tree.map(lambda x: x[0] if isinstance(x, jax.Array) else x, args) if solver.layered else args
+        y0 = y, jax.tree.map(jnp.asarray, [o.init(ts[0], y, first) for o in observers])
+    layout = Layout.of(y0)
     given, valid, packed = ts, None, layout.pack(jax.tree.leaves(y0))
     if not checked:  # an invalid trajectory starts from NaN and goes nowhere, like any other that fails at its start
         valid = _valid(ts, solver)
@@ -265,27 +293,35 @@ def _solve(y0: Any, ts: Array, dynamic: list, static: Any, adjoint: Any, checked
     intervals = ts.shape[0] - 1
     layers = solver.layers(args, intervals)
     steps = solver.steps_between(intervals, layers)
-    field, params, effects = close(f, ts, y0, args, layout, layers)
+    field, params, effects, kept = close(observing(f, observers) if observers else f, ts, y0, args, layout, layers, bool(observers))
     weights = sum(x.size for x in (*params.shared, *params.layers))
     method = solver.method.for_steps(solver.most_steps(intervals, steps))
-    plan = Plan(field, replace(solver.static, method=method), layout, ts.shape[0], ts.dtype, steps, weights, effects)
+    if observers:
+        method = Observed(method, layout.leading(len(jax.tree.leaves(y))))
+    plan = Plan(field, replace(solver.static, method=method), layout, ts.shape[0], ts.dtype, steps, weights, effects, kept)
     outcome = adjoint.solve(plan, Problem(ts, packed, params, solver.numbers))
     stats, status, reached = outcome.stats, outcome.status, outcome.reached
     if valid is not None:
         stats = jax.tree.map(lambda n: jnp.where(valid, n, 0), stats)
         status = jnp.where(valid, status, int(Status.invalid_input))
         reached = jnp.where(valid, reached, given[0])
-    ys = jax.tree.unflatten(layout.treedef, layout.unpack(outcome.ys, (ts.shape[0],)))
-    return Solution(given, ys, stats, status, jax.lax.stop_gradient(reached))
+    ys, observed = jax.tree.unflatten(layout.treedef, layout.unpack(outcome.ys, (ts.shape[0],))), None
+    if observers:
+        ys, observed = ys
+        observed = jax.tree.unflatten(places, [jax.tree.map(lambda x: x[-1], o) for o in observed])
+    return Solution(given, ys, stats, status, jax.lax.stop_gradient(reached), observed)
 
 
 _solve_jitted = partial(jax.jit, static_argnums=(3, 4, 5), inline=True)(_solve)
 
 
-def close(f: Callable, ts: Array, y0: Any, args: Any, layout: Layout, depth: int | None) -> tuple[Callable, Params, Any]:
+def close(
+    f: Callable, ts: Array, y0: Any, args: Any, layout: Layout, depth: int | None, observing: bool
+) -> tuple[Callable, Params, Any, Callable | None]:
     """Trace f once: a function of packed states and explicit parameters, the parameters, and the function's effects.
 
-    Arrays that f closes over are parameters too. f must return the structure and shapes of y; another dtype is cast.
+    Arrays that f closes over are parameters too. f must return the structure and shapes of y; another dtype is cast. The last of the
+    four is the state with what observers keep, if there are any: f then returns that besides the slope.
     """
     leaves, treedef = jax.tree.flatten(args)
     arrays = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
@@ -306,7 +342,7 @@ def close(f: Callable, ts: Array, y0: Any, args: Any, layout: Layout, depth: int
         shapes = ", ".join(f"{d}{list(s)}" for s, d in zip(layout.shapes[:4], layout.dtypes, strict=False))
         e.add_note(f"jode called f(t, y, args) with t a scalar and y0 of {shapes}; solve's own order is f, y0, ts, args")
         raise
-    _check_slope(out, y0, layout, time)
+    _check_slope(out[0] if observing else out, y0, layout, time)
     consts = [jnp.asarray(c) for c in jaxpr.consts]
     buckets: tuple[list, list, list, list] = ([], [], [], [])
     places = []
@@ -315,13 +351,21 @@ def close(f: Callable, ts: Array, y0: Any, args: Any, layout: Layout, depth: int
         places.append((bucket, len(buckets[bucket])))
         buckets[bucket].append(x)
 
-    def field(t: Array, state: State, params: Params) -> State:
+    def evaluate(t: Array, state: State, params: Params) -> tuple[list, list]:
         values = [params[b][i] for b, i in places]
         split = len(consts)
-        slopes = jax.core.eval_jaxpr(jaxpr.jaxpr, values[:split], t, *layout.unpack(state), *values[split:])
+        out = jax.core.eval_jaxpr(jaxpr.jaxpr, values[:split], t, *layout.unpack(state), *values[split:])
+        return out[: len(layout.dtypes)], out[len(layout.dtypes) :]
+
+    def field(t: Array, state: State, params: Params) -> State:
+        slopes = evaluate(t, state, params)[0]
         return layout.pack([jnp.asarray(k, d) for k, d in zip(slopes, layout.dtypes, strict=True)])
 
-    return field, Params(*buckets), jaxpr.effects
+    def kept(t: Array, state: State, params: Params) -> State:
+        after = evaluate(t, state, params)[1]
+        return layout.pack([*layout.unpack(state)[: len(layout.dtypes) - len(after)], *after])
+
+    return field, Params(*buckets), jaxpr.effects, kept if observing else None
 
 
 def _check_slope(out: Any, y0: Any, layout: Layout, time: Any) -> None:

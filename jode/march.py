@@ -23,7 +23,7 @@ from jode.observe import Interpolated, Record, Recorded, Seen, Watch
 from jode.observe.record import chapter_start
 from jode.observe.saves import Bars, at_start
 from jode.rows import Rows
-from jode.runner import Compiled, Runner
+from jode.runner import Runner
 from jode.tree import Layout, State, add, entry, nan_unless, stack_zeros, take, where, zeros_like
 from jode.turns import in_groups
 from jode.tuning import FEW_LEFT, GROUP, grouped, rolled, stops_at_saves
@@ -61,7 +61,7 @@ class Plan:
     steps: int | None  # steps between save times; None where that number is data
     weights: int  # how many numbers the parameters with gradients are
     effects: Any  # of evaluating the field
-    runner: Runner = Compiled()
+    kept: Callable | None = None  # what observers keep, of (t, y, params)
 
     @property
     def promise(self) -> Promise:
@@ -189,6 +189,7 @@ class March:
     mapped: Any
     platform: str | None
     F: Callable  # the vector field of all rows, (t, y, params), traced once however many stages ask for it
+    kept: Callable | None = None  # what observers keep, of all rows
     few: int = 0  # the loop ends where no more rows than this want another step
 
     @classmethod
@@ -196,8 +197,8 @@ class March:
         """For a batch whose operands are (moving, still)."""
         rows = Rows.of(batch, plan.layout.size)
         mapped = problem_of(*batch.mapped) if batch else None
-        F = jax.jit(rows.lift(plan.field, mapped.params if mapped else None))
-        return cls(plan, rows, mapped, platform, F)
+        F, kept = (f and jax.jit(rows.lift(f, mapped.params if mapped else None)) for f in (plan.field, plan.kept))
+        return cls(plan, rows, mapped, platform, F, kept)
 
     @property
     def solver(self) -> Any:
@@ -209,12 +210,12 @@ class March:
 
     @property
     def runner(self) -> Runner:
-        return self.plan.runner
+        return self.solver.runner
 
     def window(self, problem: Problem, t: Array, h: Array, i: Any) -> Window:
         """The step of width h from t, the i-th of all."""
         params = at_nodes(problem.params, i, self.plan.degree) if i is not None else problem.params
-        return Window(self.F, self.rows, t, h, params)
+        return Window(self.F, self.rows, t, h, params, kept=self.kept)
 
     def initial(self, problem: Problem) -> tuple[State, State | None]:
         """The method's own state at the initial time, and the slope there where the control asks for it."""
@@ -250,7 +251,8 @@ class March:
         leaves, treedef = jax.tree.flatten(problem)
         flags = jax.tree.leaves(self.mapped)
         rows, loops = Rows(GROUP, -1), c.control.loops
-        group = replace(self, rows=rows, F=jax.jit(rows.lift(self.plan.field, self.mapped.params)))
+        F, kept = (f and jax.jit(rows.lift(f, self.mapped.params)) for f in (self.plan.field, self.plan.kept))
+        group = replace(self, rows=rows, F=F, kept=kept)
 
         def with_loops(c: Carry, loops: Any) -> Carry:  # rows that still run have made as many attempts
             return c._replace(control=c.control._replace(loops=loops))

@@ -25,6 +25,8 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 
+from jode.tuning import SMALL
+
 
 class Batch(NamedTuple):
     """How many rows, and which operands (a pytree of bools like the operands) have a leading row axis."""
@@ -301,27 +303,38 @@ def _batch(kind: str, axis: Any, operands: tuple, dims: tuple, *, march: _March,
     held, linear, held_dims, linear_dims = operands[:count], operands[count:], dims[:count], dims[count:]
     outer = tuple(d is not None for d in held_dims)
     plain = any(any(a is not None for a in axes) for axes in over)
-    # A row's own gradient of an operand that rows share is no sum over rows: the form for fewer rows is mapped then.
+    # A row's own gradient of an operand that rows share is no sum over rows. A small operand is repeated for each row then; for a large
+    # one the form for fewer rows is mapped, so that products with it stay products of matrices.
+    if kind == "pull" and any(outer):
+        small = [i for i in active if not outer[i] and held[i].size <= SMALL]
+        held = [_moved(x, None, 0, size) if i in small else x for i, x in enumerate(held)]
+        held_dims = [0 if i in small else d for i, d in enumerate(held_dims)]
+        outer = tuple(d is not None for d in held_dims)
     own = kind == "pull" and not all(outer[i] for i in active)
     if not any(outer) or plain or own:
         linear = [_moved(x, d, 0, size) for x, d in zip(linear, linear_dims, strict=True)]
-        out = bind(*held, *linear, rows=rows, **{**params, "over": (*over, held_dims)})
+        out = bind(*held, *linear, rows=rows, **{**params, "over": (*over, tuple(held_dims))})
         first = len(out) - {"joint": len(march.values), "tangent": len(out), "pull": len(out)}[kind]
         place = 0 if any(outer) else None
         return out, [place] * first + [0] * (len(out) - first)
     depth, results = len(over), [i >= march.operands for i in range(count)]  # what was recorded differs by row
+    owner = active if kind in ("joint", "tangent") else ()  # a tangent has rows where its operand has them
+    moved = {i for i, d in zip(owner, linear_dims, strict=False) if d is not None}
     held = [
-        x if d is None and not of else _moved(x, d, 0, size) for x, d, of in zip(held, held_dims, results, strict=True)
+        x if d is None and not (of or i in moved) else _moved(x, d, 0, size)
+        for i, (x, d, of) in enumerate(zip(held, held_dims, results, strict=True))
     ]
-    outer = outer[: march.operands]
-    linear = [_moved(x, d, depth, size) for x, d in zip(linear, linear_dims, strict=True)]
+    outer = tuple(o or i in moved for i, o in enumerate(outer[: march.operands]))
+    lead = [outer[i] for i in owner] or [True] * len(linear)
+    linear = [_moved(x, d, depth, size) if o else x for x, d, o in zip(linear, linear_dims, lead, strict=True)]
     if rows is None:
         out = bind(*held, *linear, rows=(size, outer), **params)
         return out, _row_axes(march, kind, out, depth)
     inner_size, inner = rows
     flags = zip([*outer, *results[len(outer) :]], [*inner, *results[len(outer) :]], strict=True)
-    held = [_fold(x, size, inner_size, o, i) for x, (o, i) in zip(held, flags, strict=True)]
-    linear = [x.reshape(*x.shape[:depth], size * inner_size, *x.shape[depth + 2 :]) for x in linear]
+    held = [_fold(x, 0, size, inner_size, o, i) for x, (o, i) in zip(held, flags, strict=True)]
+    within = [inner[i] for i in owner] or [True] * len(linear)
+    linear = [_fold(x, depth, size, inner_size, o, i) for x, o, i in zip(linear, lead, within, strict=True)]
     mapped = tuple(o or i for o, i in zip(outer, inner, strict=True))
     out = bind(*held, *linear, rows=(size * inner_size, mapped), **params)
     places = _row_axes(march, kind, out, depth)
@@ -344,14 +357,14 @@ def _moved(x: Array, axis: int | None, place: int, size: int) -> Array:
     return jnp.moveaxis(x, axis, place)
 
 
-def _fold(x: Array, size: int, inner_size: int, outer: bool, inner: bool) -> Array:
-    """Fold an outer row axis into an inner one, repeating the operand along the axis it lacks."""
+def _fold(x: Array, at: int, size: int, inner_size: int, outer: bool, inner: bool) -> Array:
+    """Fold an outer row axis into an inner one, behind `at` axes, repeating the operand along the axis it lacks."""
     if not (outer or inner):
         return x
-    x = x if outer else x[None]
-    x = x if inner else x[:, None]
-    x = jnp.broadcast_to(x, (size, inner_size, *x.shape[2:]))
-    return x.reshape(size * inner_size, *x.shape[2:])
+    x = x if outer else jnp.expand_dims(x, at)
+    x = x if inner else jnp.expand_dims(x, at + 1)
+    lead, rest = x.shape[:at], x.shape[at + 2 :]
+    return jnp.broadcast_to(x, (*lead, size, inner_size, *rest)).reshape(*lead, size * inner_size, *rest)
 
 
 _PRIMITIVES = {kind: Primitive(f"march_{kind}") for kind in ("run", "record", *_LINEAR)}

@@ -111,6 +111,10 @@ class Rows:
         parts = [vectors[..., e - n : e] for n, e in zip(sizes, ends, strict=True)]
         return tuple(self.to_layout(v, True).astype(x.dtype) for v, x in zip(parts, like, strict=True))
 
+    def leading(self, x: Array, n: int) -> Array:
+        """The first n components of each row."""
+        return x[:, :n] if self.size is not None and self.axis == 0 else x[:n]
+
     def pick(self, table: Array, j: Array) -> Array:
         """table[j], where each row may ask for its own entry j of the first axis."""
         if self.size is None:

@@ -50,6 +50,10 @@ class Layout:
         """Shapes and dtypes of the packed vectors."""
         return tuple(jax.ShapeDtypeStruct((sum(_size(self.shapes[i]) for i in g),), self.dtypes[g[0]]) for g in self.groups)
 
+    def leading(self, n: int) -> tuple[int, ...]:
+        """How many components of each packed vector belong to the first n leaves; they come first in it."""
+        return tuple(sum(_size(self.shapes[i]) for i in group if i < n) for group in self.groups)
+
     def pack(self, leaves: Sequence[Array]) -> State:
         vectors = [[leaves[i].reshape(-1) for i in group] for group in self.groups]
         return tuple(v[0] if len(v) == 1 else jnp.concatenate(v) for v in vectors)

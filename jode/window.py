@@ -29,6 +29,7 @@ class Window:
     y it returns f(t + c h, y) of every row.
 
     field: f(t, y, params) for these rows. params: those of this step, layers at its nodes. rows: where the rows lie.
+    kept: what observers keep at (t, y, params), for a state that carries it.
     """
 
     field: Callable
@@ -37,6 +38,7 @@ class Window:
     h: Array
     params: Params
     swapped: bool = False
+    kept: Callable | None = None
 
     def __call__(self, c: Any, y: State) -> State:
         if self.swapped:
@@ -47,6 +49,11 @@ class Window:
     def ends_swapped(self) -> Window:
         """The same step taken from its end to its start: h is negative, and c counts from the end."""
         return replace(self, h=-self.h, swapped=not self.swapped)
+
+    def after(self, y: State) -> State:
+        """The state at the end of the step with what observers keep there."""
+        assert self.kept is not None
+        return self.kept(self.t + self.h, y, at_fraction(self.params, 1.0))
 
     @property
     def moving(self) -> tuple:
@@ -76,7 +83,7 @@ class Window:
         """x of (I - h J) x = r for each row, by a dense factorisation: n³/3 products a row; h is a column."""
         r_ = self.rows.vectors(r)
         h = self.rows.flat(self.rows.spread(jnp.asarray(h, r_.dtype)))
-        matrix = jnp.eye(r_.shape[-1], dtype=r_.dtype) - h[..., None, None] * jacobian
+        matrix = jnp.broadcast_to(jnp.eye(r_.shape[-1], dtype=r_.dtype), jacobian.shape) - h[..., None, None] * jacobian
         return self.rows.states(jnp.linalg.solve(matrix, r_[..., None])[..., 0], r)
 
 

@@ -16,6 +16,7 @@ from jax import Array
 from jode.control.base import Grid, Solver, Status, as_known, concrete
 from jode.method import Method, Step, tsit5
 from jode.rows import Rows
+from jode.runner import Compiled, Runner
 from jode.tree import State, increment, magnitude, nan_unless, real_dtype, widest, zeros_like
 from jode.window import Window
 
@@ -60,6 +61,7 @@ class Adaptive(Solver):
     safety: float = _static(default=0.9)
     factor_min: float = _static(default=0.2)
     factor_max: float = _static(default=10.0)
+    runner: Runner = _static(default=Compiled())
 
     estimates = True
     lands = False
@@ -117,7 +119,7 @@ class Adaptive(Solver):
         rows, ts = march.rows, problem.ts
         t0, y0 = rows.spread(ts[0]), march.method.read(s)
         F = lambda t, y: march.F(t, y, problem.params)
-        norm, sign, given = partial(_norm, rows, problem.numbers), direction(ts), problem.numbers.get("first_step")
+        norm, sign, given = partial(_norm, rows, march.method.measured, problem.numbers), direction(ts), problem.numbers.get("first_step")
         width = _first_step(march.method.embedded_order or 0, F, norm, t0, sign, jnp.abs(ts[-1] - t0), y0, slope, given)
         width = jnp.maximum(width, 2 * _resolution(t0))  # a state at rest says nothing about the scale of time
         zero = jnp.zeros(t0.shape, jnp.int32)
@@ -137,7 +139,7 @@ class Adaptive(Solver):
         c, h, t1 = carry, carry.h, problem.ts[-1]
         active = h != 0
         t_new = jnp.where(h == t1 - c.t, t1, c.t + h)
-        norm = partial(_norm, march.rows, problem.numbers)
+        norm = partial(_norm, march.rows, march.method.measured, problem.numbers)
         e = jax.lax.stop_gradient(_error(march.method, norm, h, s, step))
         accept = active & (e <= 1)
         t = jnp.where(accept, t_new, c.t)
@@ -226,9 +228,11 @@ def direction(ts: Array) -> Array:
     return jnp.where(ts[-1] >= ts[0], 1, -1).astype(ts.dtype)
 
 
-def _norm(rows: Rows, tol: dict, estimate: State, a: State, b: State) -> Array:
+def _norm(rows: Rows, measured: tuple | None, tol: dict, estimate: State, a: State, b: State) -> Array:
     """The root mean square over each row of e / (atol + rtol max(|a|, |b|)), as a column."""
     total, count = rows.spread(jnp.zeros((), widest(*(x.dtype for x in a), default=jnp.float32))), 0
+    if measured is not None:
+        estimate, a, b = (tuple(rows.leading(x, n) for x, n in zip(s, measured, strict=True)) for s in (estimate, a, b))
     for e, x, z in zip(estimate, a, b, strict=True):
         size = jnp.maximum(magnitude(x), magnitude(z))
         scale = jnp.maximum(tol["atol"].astype(size.dtype) + tol["rtol"].astype(size.dtype) * size, jnp.finfo(size.dtype).tiny)

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from jode.method import Method, Step
+from jode.runner import Runner
 from jode.tree import State
 from jode.window import Window
 
@@ -68,6 +69,7 @@ class Solver:
     """
 
     method: Method
+    runner: Runner
     estimates: ClassVar[bool] = False  # whether steps are judged by their error
     layered: ClassVar[bool] = False  # whether step n reads slice n of the arrays in args
     lands: ClassVar[bool] = True  # whether steps end at every save time; otherwise states there are interpolated

@@ -14,6 +14,7 @@ from jax import Array
 
 from jode.control.base import Grid, Solver, Status, as_known, concrete
 from jode.method import Method, Step
+from jode.runner import Compiled, Runner
 from jode.tree import State, depth_of, entry
 from jode.window import Window
 
@@ -37,7 +38,7 @@ class Equal(Solver):
     def slots(self, march: March, problem: Problem) -> Any:
         return (march.plan.saves - 1) * self.bound(march, problem)
 
-    def _span(self, march: March, problem: Problem, a: Array, b: Array, k: Array) -> tuple[Array, Array]:
+    def span(self, march: March, problem: Problem, a: Array, b: Array, k: Array) -> tuple[Array, Array]:
         """Time and width of step k of the interval [a, b]; rows that want fewer steps than others then stand still."""
         steps = self.count(march, problem)
         h = (b - a) / (steps if isinstance(steps, int) else steps.astype(a.dtype))
@@ -51,7 +52,7 @@ class Equal(Solver):
 
     def window(self, march: March, problem: Problem, place: tuple, carry: tuple) -> Window:
         a, b, k, i = place
-        return march.window(problem, *self._span(march, problem, a, b, k), i)
+        return march.window(problem, *self.span(march, problem, a, b, k), i)
 
     def judge(self, march: March, problem: Problem, carry: tuple, window: Window, s: State, step: Step) -> tuple[Any, tuple]:
         return (window.h != 0 if self.may_stand(march, problem) else None), carry
@@ -78,7 +79,7 @@ class Equal(Solver):
     def ends(self, march: March, problem: Problem, grid: Grid, i: Array, left: Any = None) -> tuple[tuple, Callable]:
         bound = self.bound(march, problem)
         j, k = i // bound, i % bound
-        return (j, j + 1), lambda a, b: self._span(march, problem, a, b, k)
+        return (j, j + 1), lambda a, b: self.span(march, problem, a, b, k)
 
 
 @jax.tree_util.register_dataclass
@@ -94,6 +95,7 @@ class Fixed(Equal):
     method: Method = _static()
     steps: Any = 1
     max_steps: int | None = _static(default=None)
+    runner: Runner = _static(default=Compiled())
 
     def checked(self, y0: Any) -> Fixed:
         """`steps` as a Python int, or an int32 array."""
@@ -145,6 +147,7 @@ class Layers(Equal):
 
     method: Method = _static()
     degree: int = _static(default=0)
+    runner: Runner = _static(default=Compiled())
 
     layered = True
 

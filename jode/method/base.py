@@ -39,6 +39,7 @@ class Method:
     extra: int = 0  # and of the interpolant of a step, besides
     parts: int = 1  # copies of the shape of y in s
     growth: float = 1.0  # of a rounding error in s through one inverse step, where that is known
+    measured: tuple[int, ...] | None = None  # components of each vector that errors are measured by, the first ones; None: all
     exact: bool = False  # whether `inverse` inverts `step` up to rounding
     error: tuple[tuple[float, ...], ...] = ()
     dense: tuple[tuple[float, ...], ...] = ((1.0, -0.5), (0.0, 0.5))  # the quadratic with slopes k_1 and k_2 at its ends
