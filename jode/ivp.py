@@ -95,9 +95,7 @@ def solve(
     return run(y0, ts, dynamic, static, adjoint, checked)
 
 
-def odeint(
-    f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Solver = Adaptive(), adjoint: Adjoint = Backprop()
-) -> Any:
+def odeint(f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Solver = Adaptive(), adjoint: Adjoint = Backprop()) -> Any:
     """`solve(...).ys`: the states at the save times, without counts or status."""
     return solve(f, y0, ts, args, solver=solver, adjoint=adjoint).ys
 

@@ -306,7 +306,9 @@ class March:
             step = partial(Loop(self, problem, (again,)).attempt, None)
             c = self.runner.until(lambda c: c.control.loops >= (k + 1) * record.slots, step, c)
             recorded, end = c.observed[0], c.control
-            times = jnp.where(recorded.times == end.t[None], next_.t[None], recorded.times)  # rounded otherwise, steps land where the next ones start
+            times = jnp.where(
+                recorded.times == end.t[None], next_.t[None], recorded.times
+            )  # rounded otherwise, steps land where the next ones start
             accepted = jnp.where(next_.h == 0, end.accepted, kept.grid.accepted)
             grid = Grid(recorded.slots, times, control.t, accepted, kept.grid.arrived, loops)
             return Kept(grid, c.s, recorded.states or kept.states, kept.chapters, s), end.accepted

@@ -214,7 +214,14 @@ def _evaluate(kind: str, *operands: Any, march: _March, rows: tuple | None, over
 
 
 def _lower(
-    kind: str, platform: str | None, ctx: Any, *operands: Any, march: _March, rows: tuple | None, over: tuple = (), active: tuple = ()
+    kind: str,
+    platform: str | None,
+    ctx: Any,
+    *operands: Any,
+    march: _March,
+    rows: tuple | None,
+    over: tuple = (),
+    active: tuple = (),
 ) -> Any:
     platform = None if kind == "record" else platform
     staged = jaxpr_as_fun(_stage(march, kind, rows, over, active, platform, ctx.avals_in))
@@ -277,9 +284,7 @@ def _split_joint_again(saveable: Any, unknown: Sequence[bool], staged: Sequence[
     return known, eqn, unknown_out, [True] * len(eqn.outvars), needed
 
 
-def _transpose(
-    cotangents: Sequence, *operands: Any, march: _March, rows: tuple | None, over: tuple, active: tuple
-) -> list:
+def _transpose(cotangents: Sequence, *operands: Any, march: _March, rows: tuple | None, over: tuple, active: tuple) -> list:
     held = operands[: len(operands) - len(active)]
     bars = [ad.instantiate_zeros(c) for c in cotangents]
     back = _pull_p.bind(*held, *bars, march=march, rows=rows, over=over, active=active)

@@ -95,7 +95,5 @@ def at_fraction(params: Params, c: Any) -> Params:
 
 def at_nodes(params: Params, i: Array, degree: int) -> Params:
     """The parameters at the nodes of step i: layers i … i + degree."""
-    layers, fixed = (
-        [jax.lax.dynamic_slice_in_dim(x, i, degree + 1, 0) for x in xs] for xs in (params.layers, params.fixed_layers)
-    )
+    layers, fixed = ([jax.lax.dynamic_slice_in_dim(x, i, degree + 1, 0) for x in xs] for xs in (params.layers, params.fixed_layers))
     return params._replace(layers=layers, fixed_layers=fixed)

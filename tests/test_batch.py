@@ -155,14 +155,19 @@ def test_memory_does_not_grow_with_batch_times_weights():
     assert memory(128) - memory(16) < 112 * 64 * 8 * 40 < 112 * weights / 4
 
 
-@pytest.mark.parametrize("transform", ["plain", "jit", "vmap", "grad_vmap_jit", "vmap_grad", "directions", "scan", "remat", "hessian"])
+@pytest.mark.parametrize(
+    "transform", ["plain", "jit", "vmap", "grad_vmap_jit", "vmap_grad", "directions", "scan", "remat", "hessian"]
+)
 def test_a_native_march_composes(transform):
     """A rule with a batched form of its own under the transformations of JAX: 2 w sin x, its transpose counted in the way back."""
     used = []
 
     def run(batch, platform):
         used.append(batch)
-        return lambda moving, still: (moving[0] * jnp.sin(moving[1]) * still, jnp.zeros((), jnp.int32) if batch is None else jnp.zeros(batch.size, jnp.int32))
+        return lambda moving, still: (
+            moving[0] * jnp.sin(moving[1]) * still,
+            jnp.zeros((), jnp.int32) if batch is None else jnp.zeros(batch.size, jnp.int32),
+        )
 
     def record(batch, platform):
         return lambda moving, still: (*run(batch, platform)(moving, still), jnp.cos(moving[1]))
@@ -189,7 +194,10 @@ def test_a_native_march_composes(transform):
         close(jax.grad(lambda w: jnp.sum(jax.vmap(jax.jit(lambda x: f(x, w)))(x)))(2.0), jnp.sum(jnp.sin(x)))
     elif transform == "vmap_grad":
         close(jax.vmap(jax.grad(f, 1), (0, None))(x, 2.0), jnp.sin(x))
-        close(jax.vmap(jax.vmap(jax.grad(f, (0, 1)), (0, None)), (None, 0))(x, x), (jnp.outer(x, jnp.cos(x)), jnp.outer(jnp.ones(2), jnp.sin(x))))
+        close(
+            jax.vmap(jax.vmap(jax.grad(f, (0, 1)), (0, None)), (None, 0))(x, x),
+            (jnp.outer(x, jnp.cos(x)), jnp.outer(jnp.ones(2), jnp.sin(x))),
+        )
     elif transform == "directions":
         both = lambda z: f(z[0], z[1])
         close(jax.jacfwd(both)(x), jax.jacrev(both)(x))
@@ -203,7 +211,12 @@ def test_a_native_march_composes(transform):
         close(jax.grad(jax.checkpoint(f))(x[0]), 2 * jnp.cos(x[0]))
     else:
         both = lambda z: f(z[0], z[1])
-        for second in (jax.hessian, lambda f: jax.jacfwd(jax.jacfwd(f)), lambda f: jax.jacrev(jax.jacrev(f)), lambda f: jax.jacrev(jax.jacfwd(f))):
+        for second in (
+            jax.hessian,
+            lambda f: jax.jacfwd(jax.jacfwd(f)),
+            lambda f: jax.jacrev(jax.jacrev(f)),
+            lambda f: jax.jacrev(jax.jacfwd(f)),
+        ):
             close(second(both)(x), jax.hessian(lambda z: z[1] * jnp.sin(z[0]))(x))
 
 

@@ -174,7 +174,9 @@ def test_the_implicit_method_is_stable_where_explicit_ones_are_not_and_rejects_f
     explicit = jode.solve(stiff, jnp.zeros(1), (0.0, 3.0), 1e4, solver=jode.Adaptive(jode.heun, 1e-3, 1e-3, max_steps=10**5))
     np.testing.assert_allclose(sol.ys[-1], explicit.ys[-1], atol=1e-2)
     assert 20 * sol.stats.steps < explicit.stats.steps
-    newton = jode.solve(lambda t, y, a: -(y**3), jnp.array([50.0]), (0.0, 1.0), solver=jode.Adaptive(ImplicitEuler(), 1.0, 1.0, first_step=1.0))
+    newton = jode.solve(
+        lambda t, y, a: -(y**3), jnp.array([50.0]), (0.0, 1.0), solver=jode.Adaptive(ImplicitEuler(), 1.0, 1.0, first_step=1.0)
+    )
     assert newton.status == jode.Status.success
     assert newton.stats.rejected > 0
 
@@ -189,4 +191,10 @@ def test_an_observer_changes_nothing_and_sees_every_step():
     with pytest.raises(TypeError, match="observe must be a jode.Observer"):
         jode.solve(oscillator, Y0, TS, A, observe=lambda t, y: y)
     with pytest.raises(NotImplementedError, match=r"use jode.Backprop"):
-        jax.grad(lambda y: jode.solve(oscillator, y, TS, A, solver=jode.Fixed(jode.rk4, 3), observe=Largest(), adjoint=jode.MemoryFree()).observed)(Y0)
+        jax.grad(
+            lambda y: (
+                jode.solve(
+                    oscillator, y, TS, A, solver=jode.Fixed(jode.rk4, 3), observe=Largest(), adjoint=jode.MemoryFree()
+                ).observed
+            )
+        )(Y0)

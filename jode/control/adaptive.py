@@ -119,7 +119,11 @@ class Adaptive(Solver):
         rows, ts = march.rows, problem.ts
         t0, y0 = rows.spread(ts[0]), march.method.read(s)
         F = lambda t, y: march.F(t, y, problem.params)
-        norm, sign, given = partial(_norm, rows, march.method.measured, problem.numbers), direction(ts), problem.numbers.get("first_step")
+        norm, sign, given = (
+            partial(_norm, rows, march.method.measured, problem.numbers),
+            direction(ts),
+            problem.numbers.get("first_step"),
+        )
         width = _first_step(march.method.embedded_order or 0, F, norm, t0, sign, jnp.abs(ts[-1] - t0), y0, slope, given)
         width = jnp.maximum(width, 2 * _resolution(t0))  # a state at rest says nothing about the scale of time
         zero = jnp.zeros(t0.shape, jnp.int32)

@@ -68,7 +68,9 @@ class Observed(Method):
         return step._replace(state=(*window.after(step.state[:m]), *step.state[m:]))
 
     def inverse(self, window: Window, s1: State) -> State:
-        raise NotImplementedError("what an observer kept before a step cannot be told from what it keeps after it: use jode.Backprop")
+        raise NotImplementedError(
+            "what an observer kept before a step cannot be told from what it keeps after it: use jode.Backprop"
+        )
 
     def reused(self, slope: State) -> Any:
         return self.method.reused(slope)
