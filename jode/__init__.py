@@ -4,8 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jode.adjoint import Adjoint, Backprop, Backsolve, ForwardMode, MemoryFree
-from jode.depth import resnet
 from jode.control import Adaptive, Fixed, Layers, Stats, Status
+from jode.depth import resnet
 from jode.ivp import Solution, SolveError, check, odeint, solve
 from jode.method import (
     Method,
@@ -45,19 +45,26 @@ ROOMS = ("audit", "data", "depth", "models", "regularize", "train", "validity")
 
 __all__ = [
     "Adaptive",
+    "Adjoint",
     "Backprop",
     "Backsolve",
+    "Compiled",
+    "Eager",
     "Fixed",
     "ForwardMode",
     "Layers",
     "MemoryFree",
+    "Method",
     "Momentum",
+    "Observer",
     "Reversible",
     "RungeKutta",
+    "Runner",
     "Solution",
     "SolveError",
     "Stats",
     "Status",
+    "Step",
     "Tableau",
     "bosh3",
     "check",

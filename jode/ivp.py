@@ -318,8 +318,8 @@ def close(
 ) -> tuple[Callable, Params, Any, Callable | None]:
     """Trace f once: a function of packed states and explicit parameters, the parameters, and the function's effects.
 
-    Arrays that f closes over are parameters too. f must return the structure and shapes of y; another dtype is cast. The last of the
-    four is the state with what observers keep, if there are any: f then returns that besides the slope.
+    Arrays that f closes over are parameters too. f must return the structure and shapes of y; another dtype is cast. The last
+    of the four is the state with what observers keep, if there are any: f then returns that besides the slope.
     """
     leaves, treedef = jax.tree.flatten(args)
     arrays = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]

@@ -1,9 +1,10 @@
 """A march as JAX primitives: one native loop under `vmap`, and derivatives in both modes from one rule.
 
-Three primitives stand for a march, its tangent (linear, forwards) and its cotangent (linear, backwards). Each has forms: a function of
-the operands for one trajectory, and under `jax.vmap` the same written for a batch, told which operands differ from row to row, so that
-what is shared (the weights of a network) stays shared, in the loop and in its cotangent. Nested `vmap`s fold into one batch. An axis
-that only tangents or cotangents have is a direction: the rest of the work is done once for all of them.
+Three primitives stand for a march, its tangent (linear, forwards) and its cotangent (linear, backwards). Each has forms: a
+function of the operands for one trajectory, and under `jax.vmap` the same written for a batch, told which operands differ from
+row to row, so that what is shared (the weights of a network) stays shared, in the loop and in its cotangent. Nested `vmap`s
+fold into one batch. An axis that only tangents or cotangents have is a direction: the rest of the work is done once for all of
+them.
 
 Forward mode binds the march and its tangent as one, unrecorded. Where reverse mode follows, partial evaluation splits that into a
 march that records what the way back needs, and a tangent, whose transpose is the cotangent. First-order gradients so never trace
@@ -37,7 +38,8 @@ class Batch(NamedTuple):
 
 class Promise(NamedTuple):
     """What a march returns for one trajectory, pytrees of shapes and dtypes: what can be differentiated, and the rest; and the
-    effects of running it."""
+    effects of running it.
+    """
 
     values: Any
     rest: Any
@@ -139,15 +141,17 @@ class _March:
 
 
 def _form(march: _March, kind: str, rows: tuple | None, over: tuple, active: tuple, platform: str | None) -> Callable:
-    """A form as a function of flat operands; `over` are axes that it is mapped over, each the places of the axis in the held ones."""
+    """A form as a function of flat operands; `over` are axes that it is mapped over, each the places of the axis in the held
+    ones.
+    """
     form = getattr(march, kind)(rows, platform, *([active] if kind in _LINEAR else []))
     for axes in over:
         form = jax.vmap(form, (list(axes), 0), (0 if any(a is not None for a in axes) else None, 0))
 
     def flat(*operands: Any) -> list:
-        operands = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in operands]
-        held = len(over[0]) if over else _held(march, kind, operands, active)
-        out, linear = form(list(operands[:held]), list(operands[held:]))
+        given = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in operands]
+        held = len(over[0]) if over else _held(march, kind, given, active)
+        out, linear = form(list(given[:held]), list(given[held:]))
         return [*out, *linear]
 
     return flat
@@ -177,7 +181,7 @@ def _abstract(kind: str, *avals: Any, march: _March, rows: tuple | None, over: t
     row = () if rows is None else (rows[0],)
     sizes = []
     held = _held(march, kind, avals, active)
-    for axes in reversed(over):
+    for _ in over:
         sizes.append(avals[held].shape[len(sizes)])
     lead = tuple(sizes)
     outer = tuple(n for n, axes in zip(sizes, reversed(over), strict=True) if any(a is not None for a in axes))
@@ -204,7 +208,7 @@ def _without(aval: Any, axes: Sequence) -> Any:
 
 def _evaluate(kind: str, *operands: Any, march: _March, rows: tuple | None, over: tuple = (), active: tuple = ()) -> list:
     """Outside `jax.jit`: compiled all the same, once for each form, unless that is switched off."""
-    if jax.config.jax_disable_jit:
+    if jax.config.jax_disable_jit:  # pyright: ignore
         return _form(march, kind, rows, over, active, jax.default_backend())(*operands)
     key = (kind, rows, over, active)
     if key not in march.compiled:
@@ -308,8 +312,8 @@ def _batch(kind: str, axis: Any, operands: tuple, dims: tuple, *, march: _March,
     held, linear, held_dims, linear_dims = operands[:count], operands[count:], dims[:count], dims[count:]
     outer = tuple(d is not None for d in held_dims)
     plain = any(any(a is not None for a in axes) for axes in over)
-    # A row's own gradient of an operand that rows share is no sum over rows. A small operand is repeated for each row then; for a large
-    # one the form for fewer rows is mapped, so that products with it stay products of matrices.
+    # A row's own gradient of an operand that rows share is no sum over rows. A small operand is repeated for each row then;
+    # for a large one the form for fewer rows is mapped, so that products with it stay products of matrices.
     if kind == "pull" and any(outer):
         small = [i for i in active if not outer[i] and held[i].size <= SMALL]
         held = [_moved(x, None, 0, size) if i in small else x for i, x in enumerate(held)]

@@ -16,7 +16,9 @@ class Runner:
     """Loops whose carry is any pytree; bodies get the count as an int32."""
 
     def repeat(self, n: Any, body: Callable[[Any, Any], tuple[Any, Any]], carry: Any) -> tuple[Any, Any]:
-        """body(k, carry) -> (carry, out) for k = 0 … n - 1; the last carry, and the outs stacked. Where n is data there are none."""
+        """body(k, carry) -> (carry, out) for k = 0 … n - 1; the last carry, and the outs stacked. Where n is data there are
+        none.
+        """
         raise NotImplementedError
 
     def until(self, done: Callable[[Any], Array], body: Callable[[Any], Any], carry: Any) -> Any:

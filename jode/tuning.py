@@ -1,7 +1,7 @@
 """Constants that exist because of a platform's compiler, each with the measurement behind it.
 
-Choices between forms of a program are made when it is lowered for the platform that runs it: `rows.native` hands the platform's name
-to the form it stages. Times are of two cores of an AMD EPYC with jax 0.10.2.
+Choices between forms of a program are made when it is lowered for the platform that runs it: `rows.native` hands the
+platform's name to the form it stages. Times are of two cores of an AMD EPYC with jax 0.10.2.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ BUDGET = 2**26
 PLENTY = 1000
 
 # Tables have static shapes and are filled when they are made: with a slot for each of max_steps = 4096 steps the gradient of 1,000
-# rows of Lorenz' equations took 29 ms, and with 256 slots 2.4 ms. So the default adjoint records the steps of a found grid in chapters
-# of RECORD steps, or of more where that would make more than MOST_CHAPTERS. Tables of at most LITTLE bytes are filled in less than it
-# costs to do so: a loop inside a loop is no longer compiled as one function (22 µs became 100 µs for one trajectory).
+# rows of Lorenz' equations took 29 ms, and with 256 slots 2.4 ms. So the default adjoint records the steps of a found grid in
+# chapters of RECORD steps, or of more where that would make more than MOST_CHAPTERS. Tables of at most LITTLE bytes are filled in
+# less than that costs: a loop inside a loop is no longer compiled as one function (22 µs became 100 µs for one trajectory).
 LITTLE, RECORD, MOST_CHAPTERS = 2**18, 256, 64
 
 # Reversible methods and MemoryFree: over n / SEGMENTS steps backwards a rounding error grows at most by GROWTH.
@@ -52,8 +52,9 @@ def grouped(platform: str | None, rows: int | None, last: bool) -> bool:
 def stops_at_saves(platform: str | None, state: int, rows: int | None) -> bool:
     """Whether the loop of one trajectory stops where a save time is passed, and otherwise looks at save times after each step.
 
-    XLA on a CPU compiles a loop as one function where its body reads and writes less than a kilobyte; any other runs kernel by kernel.
-    With two components a step and its save times are small enough. With three or four only the step is: Lorenz' equations, 46 steps,
-    take 8 µs; with 100 save times 23 µs if the loop stops there, 47 µs if not; two components 30 and 17 µs. Larger ones gain nothing.
+    XLA on a CPU compiles a loop as one function where its body reads and writes less than a kilobyte; any other runs kernel by
+    kernel. With two components a step and its save times are small enough. With three or four only the step is: Lorenz' equations,
+    46 steps, take 8 µs; with 100 save times 23 µs if the loop stops there, 47 µs if not; two components 30 and 17 µs. Larger ones
+    gain nothing.
     """
     return rows is None and platform == "cpu" and 2 < state <= 4

@@ -23,6 +23,15 @@ class Params(NamedTuple):
     fixed_layers: list
 
 
+class Problem(NamedTuple):
+    """Everything a march depends on that is data. `numbers` are the solver's: a step count, or tolerances."""
+
+    ts: Array
+    y0: State
+    params: Params
+    numbers: dict
+
+
 @dataclass(frozen=True, eq=False)
 class Window:
     """A step of width `h` from time `t`; both are columns, one number a row. Called with a fraction c of the step and a state

@@ -315,7 +315,7 @@ def test_a_gradient_over_chapters_of_steps_is_that_over_all_at_once(ts, checkpoi
     ts = jnp.asarray(ts)
     adjoint = jode.Backprop(None)
     alone = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
-    (value, steps), exact = jax.tree.map(lambda *x: jnp.stack(x), *[alone(y0[i], rate[i], ts) for i in range(rows)])
+    (_, steps), exact = jax.tree.map(lambda *x: jnp.stack(x), *[alone(y0[i], rate[i], ts) for i in range(rows)])
     adjoint = jode.Backprop(checkpoints)
     total = lambda y, a, ts: jnp.sum(jax.vmap(lambda y, a: loss(y, a, ts)[0])(y, a))
     found = jax.jit(jax.grad(total, (0, 1, 2)))(y0, rate, ts)

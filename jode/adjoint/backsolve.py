@@ -78,7 +78,9 @@ class Integrals(Watch):
         return zeros_like(problem.params.shared), march.rows.spread(jnp.zeros((), problem.ts.dtype))
 
     def step(self, march: March, problem: Problem, carry: tuple, seen: Seen) -> tuple:
-        tableau, window, s, params = march.plan.solver.method.tableau, seen.window, seen.s, problem.params
+        method, window, s, params = march.method, seen.window, seen.s, problem.params
+        assert isinstance(method, RungeKutta)  # others are refused at the door
+        tableau = method.tableau
         t, h, m = window.t, window.h, len(s) // 2
         used = [i for i, b in enumerate(tableau.b) if b]
         stages = stack([increment(s, h, tableau.rows[i], seen.slopes[:i]) for i in used])

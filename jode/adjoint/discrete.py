@@ -13,7 +13,7 @@ from jax import Array
 
 from jode.adjoint.rule import Adjoint, contained, only_forward_over_reverse
 from jode.control import Status
-from jode.march import Cotangents, Kept, March, Outcome, Plan, Problem, reverse
+from jode.march import Cotangents, Kept, March, Outcome, Plan, Problem, failed_at_start, kept_from_layout, kept_to_layout, reverse
 from jode.observe import Record
 from jode.tree import State, where
 
@@ -54,20 +54,20 @@ class Discrete(Adjoint):
 
     def record(self, march: March, problem: Problem) -> tuple[Outcome, Kept]:
         outcome, kept = march.record(problem, self.records(march.plan, march.rows.size or 1))
-        return outcome, march.kept_from_layout(kept)
+        return outcome, kept_from_layout(march, kept)
 
     def pull(self, march: March, problem: Problem, outcome: Outcome, kept: Kept, ybar: State) -> tuple:
-        rows, kept = march.rows, march.kept_to_layout(kept)
+        rows, kept = march.rows, kept_to_layout(march, kept)
         good = rows.column(outcome.good)
         failed = rows.column(outcome.status) != int(Status.success)
-        at_start = march.failed_at_start(kept.grid, good, failed)
+        at_start = failed_at_start(march, kept.grid, good, failed)
         unrecoverable = failed & self.unrecoverable(march)
         record = self.records(march.plan, rows.size or 1)
 
         def pull(problem: Problem, g: State) -> tuple[Cotangents, Array]:
             ys = tuple(rows.to_layout(x, True, 1) for x in outcome.ys)
             recovery = lambda kept: self.recovery(march, problem, kept, ys)
-            c, first = reverse(march, problem, good, kept, g, record, recovery)
+            c, first = reverse(march, problem, good, kept, g, record if record and record.chapters else None, recovery)
             c = c._replace(s=where(at_start, tuple(x[0] for x in g), c.s))
             return c, (unrecoverable | self.drifted(march, problem, first, ys)) & ~at_start
 

@@ -9,8 +9,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jode.march import (
+    Cotangents,
+    March,
+    Outcome,
+    Plan,
+    Problem,
+    cotangents_from_layout,
+    from_layout,
+    moving_of,
+    problem_of,
+    replace_failed,
+    to_layout,
+)
 from jode.native import Batch, Rule, native, only_forward
-from jode.march import Cotangents, March, Outcome, Plan, Problem, moving_of, problem_of
 from jode.tree import State, magnitude, nan_unless, widest
 
 
@@ -29,7 +41,9 @@ class Adjoint:
         raise NotImplementedError
 
     def pull(self, march: March, problem: Problem, outcome: Outcome, kept: Any, ybar: State) -> tuple:
-        """Cotangents of (ts, y0, shared, layers) from those of the saved states, all as `Outcome` and `Problem` have them outside."""
+        """Cotangents of (ts, y0, shared, layers) from those of the saved states, all as `Outcome` and `Problem` have them
+        outside.
+        """
         raise NotImplementedError
 
     def counted(self, plan: Plan, rows: int, outcome: Outcome) -> Outcome:
@@ -43,7 +57,7 @@ class Adjoint:
             march = March.of(plan, batch, platform)
 
             def form(moving: tuple, still: tuple) -> tuple:
-                outcome = march.from_layout(march.run(march.to_layout(problem_of(moving, still))))
+                outcome = from_layout(march, march.run(to_layout(march, problem_of(moving, still))))
                 return _parts(self.counted(plan, _rows(batch), outcome))
 
             return form
@@ -52,8 +66,8 @@ class Adjoint:
             march = March.of(plan, batch, platform)
 
             def form(moving: tuple, still: tuple) -> tuple:
-                outcome, kept = self.record(march, march.to_layout(problem_of(moving, still)))
-                return *_parts(self.counted(plan, _rows(batch), march.from_layout(outcome))), kept
+                outcome, kept = self.record(march, to_layout(march, problem_of(moving, still)))
+                return *_parts(self.counted(plan, _rows(batch), from_layout(march, outcome))), kept
 
             return form
 
@@ -100,9 +114,9 @@ def contained(
         spoiled = spoiled | ~rows.all(jnp.all(mask | (x == 0), axis=0))
         touched = touched | ~rows.all(jnp.all(x == 0, axis=0))
     g = tuple(jnp.where(mask, x, 0) for x in g)
-    c, wrong = pull(march.replace_failed(march.to_layout(problem), broken), g)
+    c, wrong = pull(replace_failed(march, to_layout(march, problem), broken), g)
     spoiled = spoiled | (wrong & touched)
-    ts, y, shared, layers = march.cotangents_from_layout(c)
+    ts, y, shared, layers = cotangents_from_layout(march, c)
     broken, spoiled = rows.flat(broken), rows.flat(spoiled)
 
     def settle(x: Array, mapped: bool, zero: Array = broken) -> Array:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +18,15 @@ from jode.method import Method, Step, tsit5
 from jode.rows import Rows
 from jode.runner import Compiled, Runner
 from jode.tree import State, increment, magnitude, nan_unless, real_dtype, widest, zeros_like
-from jode.window import Window
-
-if TYPE_CHECKING:
-    from jode.march import March, Problem
+from jode.window import Problem, Window
 
 _static: Any = partial(field, metadata={"static": True})
 
 
 class Progress(NamedTuple):
     """The carry of the control, in columns: the time reached, the width of the next step (0 where a row is done), the scaled
-    errors of the last steps; how many steps were accepted and tried, and how often the loop ran."""
+    errors of the last steps; how many steps were accepted and tried, and how often the loop ran.
+    """
 
     t: Array
     h: Array
@@ -80,8 +78,8 @@ class Adaptive(Solver):
         dtypes = [real_dtype(x.dtype) for x in jax.tree.leaves(y0)] or [jnp.result_type(float)]
         floor = 4 * max(float(jnp.finfo(d).eps) for d in dtypes)
         numbers = {}
-        for name, value in self.numbers.items():
-            value = as_known(value, jnp.result_type(float))
+        for name, given in self.numbers.items():
+            value = as_known(given, jnp.result_type(float))
             if value.ndim:
                 raise ValueError(f"Adaptive: {name} must be a scalar, got shape {value.shape}")
             if concrete(value) and not (float(value) >= 0 and np.isfinite(float(value))):
@@ -115,7 +113,7 @@ class Adaptive(Solver):
     def most_steps(self, intervals: int, steps: int | None) -> int:
         return self.max_steps
 
-    def init(self, march: March, problem: Problem, s: State, slope: State) -> Progress:
+    def init(self, march: Any, problem: Problem, s: State, slope: State) -> Progress:
         rows, ts = march.rows, problem.ts
         t0, y0 = rows.spread(ts[0]), march.method.read(s)
         F = lambda t, y: march.F(t, y, problem.params)
@@ -136,10 +134,10 @@ class Adaptive(Solver):
         wanted = jnp.sum(c.h != 0, dtype=jnp.int32) > few if few else jnp.max(jnp.abs(c.h), initial=0) > 0
         return (c.loops < self.max_steps) & wanted
 
-    def window(self, march: March, problem: Problem, place: None, carry: Progress) -> Window:
+    def window(self, march: Any, problem: Problem, place: None, carry: Progress) -> Window:
         return march.window(problem, carry.t, carry.h, None)
 
-    def judge(self, march: March, problem: Problem, carry: Progress, window: Window, s: State, step: Step) -> tuple[Any, Progress]:
+    def judge(self, march: Any, problem: Problem, carry: Progress, window: Window, s: State, step: Step) -> tuple[Any, Progress]:
         c, h, t1 = carry, carry.h, problem.ts[-1]
         active = h != 0
         t_new = jnp.where(h == t1 - c.t, t1, c.t + h)
@@ -153,10 +151,10 @@ class Adaptive(Solver):
         accepted, tried = c.accepted + accept.astype(jnp.int32), c.tried + active.astype(jnp.int32)
         return accept, Progress(t, h, errors, accepted, tried, c.loops + 1)
 
-    def drive(self, march: March, problem: Problem, loop: Any, c: Any) -> tuple[Any, Any]:
+    def drive(self, march: Any, problem: Problem, loop: Any, c: Any) -> tuple[Any, Any]:
         return loop.until_due(partial(self.running, few=march.few), c), None
 
-    def may_stand(self, march: March, problem: Problem) -> bool:
+    def may_stand(self, march: Any, problem: Problem) -> bool:
         return march.rows.size is not None
 
     def time(self, carry: Progress) -> Array:
@@ -176,7 +174,7 @@ class Adaptive(Solver):
         """Evaluations at the start: one for the slope, and one more for the first step's width."""
         return 2 if self.first_step is None else 1
 
-    def report(self, march: March, problem: Problem, c: Any, good: Array, slope: State) -> tuple[Array, Array, Array, Array]:
+    def report(self, march: Any, problem: Problem, c: Any, good: Array, slope: State) -> tuple[Array, Array, Array, Array]:
         rows, p = march.rows, c.control
         unmoved = (p.accepted == 0) & ~rows.finite(slope)
         stuck = jnp.where(unmoved, int(Status.nonfinite_dynamics), int(Status.step_underflow))
@@ -185,7 +183,7 @@ class Adaptive(Solver):
         status = jnp.where(rows.finite(march.method.read(c.s)), status, int(Status.nonfinite_state))
         return status.astype(jnp.int32), p.t, p.tried, p.accepted
 
-    def ends(self, march: March, problem: Problem, grid: Grid, i: Array, left: Any = None) -> tuple[tuple, Callable]:
+    def ends(self, march: Any, problem: Problem, grid: Grid, i: Array, left: Any = None) -> tuple[tuple, Callable]:
         """Times found are constants; a row's first step starts at ts[0], and its last one, if it arrived, ends at ts[-1].
 
         left: how many of its accepted steps a row has taken after this one; for derivatives alone, which ask where times come from.

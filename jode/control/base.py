@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -14,10 +15,7 @@ from jax import Array
 from jode.method import Method, Step
 from jode.runner import Runner
 from jode.tree import State
-from jode.window import Window
-
-if TYPE_CHECKING:
-    from jode.march import March, Problem
+from jode.window import Problem, Window
 
 
 class Status(IntEnum):
@@ -47,10 +45,11 @@ class Stats(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """The steps taken, in slots common to all rows: step i of a row ends at times[i], and starts where the last one ended, or at start.
+    """The steps taken, in slots common to all rows: step i of a row ends at times[i], and starts where the last one ended, or
+    at start.
 
-    slots: how many. accepted: the steps of each row; in the other slots a row stands still. arrived: whether the last of them ends at
-    the last save time. loops: how often the loop ran. All are () where steps follow from the save times.
+    slots: how many. accepted: the steps of each row; in the other slots a row stands still. arrived: whether the last of them
+    ends at the last save time. loops: how often the loop ran. All are () where steps follow from the save times.
     """
 
     slots: Any
@@ -64,7 +63,8 @@ class Grid(NamedTuple):
 class Solver:
     """A frozen dataclass of a method, the numbers of a control (data: they may be traced) and its bounds (static).
 
-    Subclasses are pytrees (`jax.tree_util.register_dataclass`), and write what is below. In the loop every row takes the step that
+    Subclasses are pytrees (`jax.tree_util.register_dataclass`), and write what is below, where `march` is the `jode.march.March` that
+    runs, and `carry` the control's part of what its loop carries. In the loop every row takes the step that
     `window` gives it, and a row that wants no step gets one of width zero.
     """
 
@@ -108,32 +108,33 @@ class Solver:
         """A static bound on the number of steps; zero where none is known."""
         return 0
 
-    def init(self, march: March, problem: Problem, s: State, slope: State) -> Any:
+    def init(self, march: Any, problem: Problem, s: State, slope: State) -> Any:
         """The control's own carry at the start, given the method's state and the slope there."""
         raise NotImplementedError
 
-    def window(self, march: March, problem: Problem, place: Any, carry: Any) -> Window:
+    def window(self, march: Any, problem: Problem, place: Any, carry: Any) -> Window:
         """The step that comes next; `place` is what `drive` says of where it is."""
         raise NotImplementedError
 
-    def judge(self, march: March, problem: Problem, carry: Any, window: Window, s: State, step: Step) -> tuple[Any, Any]:
+    def judge(self, march: Any, problem: Problem, carry: Any, window: Window, s: State, step: Step) -> tuple[Any, Any]:
         """Which rows take the step from s (a column of bools, or None: all), and the next carry."""
         raise NotImplementedError
 
-    def drive(self, march: March, problem: Problem, loop: Any, c: Any) -> tuple[Any, Any]:
+    def drive(self, march: Any, problem: Problem, loop: Any, c: Any) -> tuple[Any, Any]:
         """Run the loop to the end; the last carry, and what was saved between intervals, stacked (None where nothing is)."""
         raise NotImplementedError
 
-    def may_stand(self, march: March, problem: Problem) -> bool:
+    def may_stand(self, march: Any, problem: Problem) -> bool:
         """Whether a row may stand still while others step: its step then has no width."""
         raise NotImplementedError
 
-    def report(self, march: March, problem: Problem, c: Any, good: Array, slope: Any) -> tuple[Array, Array, Array, Array]:
+    def report(self, march: Any, problem: Problem, c: Any, good: Array, slope: Any) -> tuple[Array, Array, Array, Array]:
         """(status, time reached, steps tried, steps accepted) of each row, given the loop's last carry, which saved states are
-        finite, and the slope at the start."""
+        finite, and the slope at the start.
+        """
         raise NotImplementedError
 
-    def ends(self, march: March, problem: Problem, grid: Grid, i: Array, left: Any = None) -> tuple[tuple, Callable]:
+    def ends(self, march: Any, problem: Problem, grid: Grid, i: Array, left: Any = None) -> tuple[tuple, Callable]:
         """How step i depends on given times: the places of two of them in ts, and a function of these that gives (t, h)."""
         raise NotImplementedError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,7 @@ from jode.control.base import Grid, Solver, Status, as_known, concrete
 from jode.method import Method, Step
 from jode.runner import Compiled, Runner
 from jode.tree import State, depth_of, entry
-from jode.window import Window
-
-if TYPE_CHECKING:
-    from jode.march import March, Problem
+from jode.window import Problem, Window
 
 _static: Any = partial(field, metadata={"static": True})
 
@@ -27,18 +24,18 @@ _static: Any = partial(field, metadata={"static": True})
 class Equal(Solver):
     """As many equal steps in each interval between save times, which all rows take at once."""
 
-    def count(self, march: March, problem: Problem) -> Any:
+    def count(self, march: Any, problem: Problem) -> Any:
         """Steps between save times: an int, or data that may differ by row."""
         return march.plan.steps if march.plan.steps is not None else problem.numbers["steps"]
 
-    def bound(self, march: March, problem: Problem) -> Any:
+    def bound(self, march: Any, problem: Problem) -> Any:
         """Steps between save times; the largest of the rows' where each has its own."""
         return march.plan.steps if march.plan.steps is not None else jnp.max(problem.numbers["steps"])
 
-    def slots(self, march: March, problem: Problem) -> Any:
+    def slots(self, march: Any, problem: Problem) -> Any:
         return (march.plan.saves - 1) * self.bound(march, problem)
 
-    def span(self, march: March, problem: Problem, a: Array, b: Array, k: Array) -> tuple[Array, Array]:
+    def span(self, march: Any, problem: Problem, a: Array, b: Array, k: Array) -> tuple[Array, Array]:
         """Time and width of step k of the interval [a, b]; rows that want fewer steps than others then stand still."""
         steps = self.count(march, problem)
         h = (b - a) / (steps if isinstance(steps, int) else steps.astype(a.dtype))
@@ -47,17 +44,17 @@ class Equal(Solver):
             h = jnp.where(k < steps, h, 0)
         return t, h
 
-    def init(self, march: March, problem: Problem, s: State, slope: State) -> tuple:
+    def init(self, march: Any, problem: Problem, s: State, slope: State) -> tuple:
         return ()
 
-    def window(self, march: March, problem: Problem, place: tuple, carry: tuple) -> Window:
+    def window(self, march: Any, problem: Problem, place: tuple, carry: tuple) -> Window:
         a, b, k, i = place
         return march.window(problem, *self.span(march, problem, a, b, k), i)
 
-    def judge(self, march: March, problem: Problem, carry: tuple, window: Window, s: State, step: Step) -> tuple[Any, tuple]:
+    def judge(self, march: Any, problem: Problem, carry: tuple, window: Window, s: State, step: Step) -> tuple[Any, tuple]:
         return (window.h != 0 if self.may_stand(march, problem) else None), carry
 
-    def drive(self, march: March, problem: Problem, loop: Any, c: Any) -> tuple[Any, Any]:
+    def drive(self, march: Any, problem: Problem, loop: Any, c: Any) -> tuple[Any, Any]:
         bound = self.bound(march, problem)
 
         def interval(j: Array, c: Any) -> tuple[Any, Any]:
@@ -67,16 +64,16 @@ class Equal(Solver):
 
         return march.runner.repeat(march.plan.saves - 1, interval, c)
 
-    def may_stand(self, march: March, problem: Problem) -> bool:
+    def may_stand(self, march: Any, problem: Problem) -> bool:
         return jnp.ndim(self.count(march, problem)) > 0
 
-    def report(self, march: March, problem: Problem, c: Any, good: Array, slope: Any) -> tuple[Array, Array, Array, Array]:
+    def report(self, march: Any, problem: Problem, c: Any, good: Array, slope: Any) -> tuple[Array, Array, Array, Array]:
         status = jnp.where(good[-1], int(Status.success), int(Status.nonfinite_state)).astype(jnp.int32)
         last = jnp.maximum(jnp.sum(good, axis=0, dtype=jnp.int32) - 1, 0)  # what is not finite stays so
         steps = (march.plan.saves - 1) * jnp.asarray(self.count(march, problem), jnp.int32)
         return status, march.rows.pick(problem.ts, last), steps, steps
 
-    def ends(self, march: March, problem: Problem, grid: Grid, i: Array, left: Any = None) -> tuple[tuple, Callable]:
+    def ends(self, march: Any, problem: Problem, grid: Grid, i: Array, left: Any = None) -> tuple[tuple, Callable]:
         bound = self.bound(march, problem)
         j, k = i // bound, i % bound
         return (j, j + 1), lambda a, b: self.span(march, problem, a, b, k)

@@ -12,10 +12,10 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from jode.adjoint import Adjoint, Backprop
+from jode.control import Fixed, Layers
 from jode.depth.arguments import as_arrays, compiled, map_arrays, ordered, split, working
 from jode.depth.spectral import spectral_norm
 from jode.depth.weights import piece, pieces, root
-from jode.control import Fixed, Layers
 from jode.ivp import odeint
 from jode.method import Method, RungeKutta, dopri5, euler
 from jode.tree import depth_of, is_inexact, magnitude, real_dtype

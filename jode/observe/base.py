@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jax import Array
 
 from jode.tree import State
-from jode.window import Window
-
-if TYPE_CHECKING:
-    from jode.march import Carry, March, Problem
+from jode.window import Problem, Window
 
 
 class Seen(NamedTuple):
     """A step tried: its window, the method's state at its start, the slopes, which rows took it (None: all), the time that each row
-    has then reached, and the step's number where that is known beforehand."""
+    has then reached, and the step's number where that is known beforehand.
+    """
 
     window: Window
     s: State
@@ -28,23 +26,24 @@ class Seen(NamedTuple):
 
 class Watch:
     """An observer inside the loop, for all rows at once. Its carry is one more part of the loop's. It is told of every step tried
-    (`steps`), or the loop stops where it is due and serves it (`waits`), or both."""
+    (`steps`), or the loop stops where it is due and serves it (`waits`), or both.
+    """
 
     steps: bool = True
     waits: bool = False
 
-    def init(self, march: March, problem: Problem, c: Carry) -> Any:
+    def init(self, march: Any, problem: Problem, c: Any) -> Any:
         """Its carry at the start, given the loop's, without observers."""
         raise NotImplementedError
 
-    def step(self, march: March, problem: Problem, carry: Any, seen: Seen) -> Any:
+    def step(self, march: Any, problem: Problem, carry: Any, seen: Seen) -> Any:
         """Its carry after a step was tried."""
         raise NotImplementedError
 
-    def due(self, march: March, problem: Problem, carry: Any, c: Carry) -> Callable[[Any], Array]:
+    def due(self, march: Any, problem: Problem, carry: Any, c: Any) -> Callable[[Any], Array]:
         """Whether it must be served before the next step, as a function of the control's carry; c is the loop's now."""
         raise NotImplementedError
 
-    def serve(self, march: March, problem: Problem, carry: Any, due: Array, c: Carry) -> Any:
+    def serve(self, march: Any, problem: Problem, carry: Any, due: Array, c: Any) -> Any:
         """Its carry after it was served; where it is not due, another is."""
         raise NotImplementedError

@@ -1,4 +1,6 @@
-"""What a user keeps of every step: a fold over the steps taken, marched beside the state, so that every adjoint differentiates it."""
+"""What a user keeps of every step: a fold over the steps taken, marched beside the state, so that every adjoint differentiates
+it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ class Observer:
     """A number, or a pytree of floating arrays, that starts at init(t, y, args) and becomes step(kept, t, y, args) after every step
     taken, (t, y) being where it ends. Both are pure, for one trajectory. Subclasses are hashable values (frozen dataclasses).
 
-    `solve(..., observe=...)` takes one or a pytree of them; `Solution.observed` has what they kept at the end, and it has gradients.
+    `solve(..., observe=...)` takes one or a pytree of them; `Solution.observed` has what they kept at the end, and it has
+    gradients.
     """
 
     def init(self, t: Array, y: Any, args: Any) -> Any:

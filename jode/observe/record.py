@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -12,13 +12,11 @@ from jax import Array
 from jode.observe.base import Seen, Watch
 from jode.tree import put, stack_full, stack_zeros, store
 
-if TYPE_CHECKING:
-    from jode.march import Carry, March, Problem
-
 
 class Recorded(NamedTuple):
-    """The accepted steps of the last chapter, in slots common to all rows: how many, the time each ends at, and the state that every
-    so many start from; and what the loop carried where each chapter starts."""
+    """The accepted steps of the last chapter, in slots common to all rows: how many, the time each ends at, and the state that
+    every so many start from; and what the loop carried where each chapter starts.
+    """
 
     slots: Any
     times: Any
@@ -30,9 +28,9 @@ class Recorded(NamedTuple):
 class Record(Watch):
     """With `keep` the states that steps 0, keep, 2 keep … start from are kept; none where it is 0. Times are where steps are found.
 
-    The tables have `slots` of them. With `chapters`, when the loop has run so often it starts a new one, at most so many: what it carries
-    is kept, and the slots are used again. The steps of a chapter but the last are found again from there, so that tables cost what
-    steps take, and not what `max_steps` allows.
+    The tables have `slots` of them. With `chapters`, when the loop has run so often it starts a new one, at most so many: what
+    it carries is kept, and the slots are used again. The steps of a chapter but the last are found again from there, so that
+    tables cost what steps take, and not what `max_steps` allows.
     """
 
     keep: int
@@ -43,17 +41,17 @@ class Record(Watch):
     def waits(self) -> bool:
         return self.chapters > 0
 
-    def init(self, march: March, problem: Problem, c: Carry) -> Recorded:
+    def init(self, march: Any, problem: Problem, c: Any) -> Recorded:
         if march.solver.lands:
             return Recorded((), (), stack_zeros(-(-self.slots // self.keep), c.s) if self.keep else (), ())
-        # Entries never written are never read. Filled with the width, the tables are made after it: more than eight kernels that could
-        # run at once make XLA's CPU runtime call in other threads, which costs more than a small solve.
+        # Entries never written are never read. Filled with the width, the tables are made after it: more than eight kernels
+        # that could run at once make XLA's CPU runtime call in other threads, which costs more than a small solve.
         t, h = c.control.t, c.control.h
         states = stack_full(-(-self.slots // self.keep), c.s, h) if self.keep else ()
         chapters = put(stack_full(self.chapters + 1, chapter_start(c), h), 0, chapter_start(c)) if self.chapters else ()
         return Recorded(jnp.zeros((), jnp.int32), stack_full(self.slots, t, h), states, chapters)
 
-    def step(self, march: March, problem: Problem, carry: Recorded, seen: Seen) -> Recorded:
+    def step(self, march: Any, problem: Problem, carry: Recorded, seen: Seen) -> Recorded:
         slot = carry.slots if seen.slot is None else seen.slot
         states = store(carry.states, slot, self.keep, seen.s) if self.keep else ()
         if seen.slot is not None:
@@ -61,16 +59,16 @@ class Record(Watch):
         moved: Array = jnp.any(seen.accept).astype(jnp.int32)
         return Recorded(slot + moved, carry.times.at[slot].set(seen.t), states, carry.chapters)
 
-    def due(self, march: March, problem: Problem, carry: Recorded, c: Carry) -> Callable[[Any], Array]:
+    def due(self, march: Any, problem: Problem, carry: Recorded, c: Any) -> Callable[[Any], Array]:
         next_ = (c.control.loops // self.slots + 1) * self.slots
         return lambda control: control.loops >= next_
 
-    def serve(self, march: March, problem: Problem, carry: Recorded, due: Array, c: Carry) -> Recorded:
+    def serve(self, march: Any, problem: Problem, carry: Recorded, due: Array, c: Any) -> Recorded:
         index = jnp.where(due, c.control.loops // self.slots, self.chapters)  # the last entry takes what is not wanted
         chapters = put(carry.chapters, index, chapter_start(c))
         return carry._replace(slots=jnp.where(due, 0, carry.slots), chapters=chapters)
 
 
-def chapter_start(c: Carry) -> tuple:
+def chapter_start(c: Any) -> tuple:
     """What the loop carries at the start of a chapter; how often it has run follows from the chapter."""
     return c.s, c.slope, c.control and c.control._replace(loops=())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,7 @@ from jax import Array
 
 from jode.control.adaptive import direction
 from jode.observe.base import Seen, Watch
-from jode.tree import State, add, increment, increment_stacked, nan_unless, zeros_like
-
-if TYPE_CHECKING:
-    from jode.march import Carry, March, Problem
+from jode.tree import State, add, increment, increment_stacked, nan_unless
 
 
 class Saves(NamedTuple):
@@ -24,6 +21,9 @@ class Saves(NamedTuple):
     next: Array
     dense: Array
     ys: State
+
+
+from jode.window import Problem
 
 
 class Bars(NamedTuple):
@@ -42,14 +42,14 @@ class Interpolated(Watch):
 
     waits: bool
 
-    def init(self, march: March, problem: Problem, c: Carry) -> Saves:
+    def init(self, march: Any, problem: Problem, c: Any) -> Saves:
         ts, y0, rows = problem.ts, problem.y0, march.rows
         same = at_start(ts)[1:-1]
         ys = tuple(jnp.where(_beside(same, x), x[None], jnp.zeros_like(x)[None]) for x in y0)
         zero = rows.spread(jnp.zeros((), jnp.int32))
         return Saves(1 + rows.spread(jnp.sum(same, axis=0)).astype(jnp.int32), zero, ys)
 
-    def _pending(self, march: March, problem: Problem, j: Array, t: Array) -> Array:
+    def _pending(self, march: Any, problem: Problem, j: Array, t: Array) -> Array:
         ts = problem.ts
         return (j < ts.shape[0] - 1) & (direction(ts) * (march.rows.pick(ts, j) - t) <= 0)
 
@@ -57,16 +57,16 @@ class Interpolated(Watch):
     def steps(self) -> bool:
         return not self.waits
 
-    def due(self, march: March, problem: Problem, carry: Saves, c: Carry) -> Callable[[Any], Array]:
+    def due(self, march: Any, problem: Problem, carry: Saves, c: Any) -> Callable[[Any], Array]:
         ts, j = problem.ts, carry.next
         sign, next_, more = direction(ts), march.rows.pick(ts, j), j < ts.shape[0] - 1
         return lambda control: jnp.any(more & (sign * (next_ - control.t) <= 0))
 
-    def serve(self, march: March, problem: Problem, carry: Saves, due: Array, c: Carry) -> Saves:
+    def serve(self, march: Any, problem: Problem, carry: Saves, due: Array, c: Any) -> Saves:
         t, h, s, slopes, reached = c.last
         return self.step(march, problem, carry, Seen(march.window(problem, t, h, None), s, slopes, True, reached, None))
 
-    def step(self, march: March, problem: Problem, carry: Saves, seen: Seen) -> Saves:
+    def step(self, march: Any, problem: Problem, carry: Saves, seen: Seen) -> Saves:
         """Interpolate at every interior save time that the accepted step has passed."""
         method, rows, ts = march.method, march.rows, problem.ts
         window, s, inner = seen.window, seen.s, ts.shape[0] - 1
@@ -99,8 +99,10 @@ class Interpolated(Watch):
         come = jax.vmap(lambda i: i < carry.next)(jnp.arange(1, count + 1, dtype=jnp.int32))
         return tuple(nan_unless(come.reshape(-1, *[1] * (y.ndim - 1)) if come.ndim == 1 else come, y) for y in carry.ys)
 
-    def pull(self, march: March, problem: Problem, j: Array, seen: Seen, K: State, g: State, bars: Bars) -> tuple[Array, Bars]:
-        """The transpose: cotangents g of the states saved within a step, given its slopes K, stacked; j is the last save not pulled."""
+    def pull(self, march: Any, problem: Problem, j: Array, seen: Seen, K: State, g: State, bars: Bars) -> tuple[Array, Bars]:
+        """The transpose: cotangents g of the states saved within a step, given its slopes K, stacked; j is the last save not
+        pulled.
+        """
         method, rows, ts = march.method, march.rows, problem.ts
         a, h, s = seen.window.t, seen.window.h, seen.s
         sign = jnp.where(rows.spread(ts[-1]) >= rows.spread(ts[0]), 1, -1).astype(a.dtype)

@@ -1,0 +1,191 @@
+"""The transpose of the loop: cotangents go back over the grid, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jode.control import Grid
+from jode.march.forwards import Loop, March
+from jode.march.values import Carry, Cotangents, Kept, Problem, inner
+from jode.observe import Record, Seen
+from jode.observe.saves import Bars, at_start
+from jode.tree import State, add, entry, take, where, zeros_like
+from jode.window import Params, at_fraction, at_nodes
+
+
+def failed_at_start(march: March, grid: Grid, good: Array, failed: Array) -> Array:
+    """Rows whose later states are never looked at: they failed before their first step, or before their first save time."""
+    return ~good[1] if march.solver.lands else failed & (grid.accepted == 0)
+
+
+def pull(
+    march: March, problem: Problem, good: Array, grid: Grid, g: State, i: Array, s: State, c: Cotangents, start: State
+) -> Cotangents:
+    """Cotangents before step i from those after it, s being the state at its start; rows that failed take that of the march."""
+    solver, ts = march.solver, problem.ts
+    (p, q), span = solver.ends(march, problem, grid, i, c.left)
+    (t, h), span_back = jax.vjp(span, entry(ts, p), entry(ts, q))
+    window = march.window(problem, t, h, i if solver.lands else None)
+    sbar, left, next_, slopes_bar = c.s, c.left, c.next, None
+    if solver.lands:
+        if march.plan.saves > 2:
+            bound = solver.bound(march, problem)
+            landed = (i % bound == bound - 1) & (q < march.plan.saves - 1)
+            sbar = where(landed, _saved(march, sbar, take(g, q)), sbar)
+        s = where(good[q], s, start)
+    elif march.rows.size is not None:
+        s = where(grid.accepted > 0, s, start)
+    K, pull = march.method.pullback(window, s, bool(march.saves), march.rolled)
+    bars = Bars(jnp.zeros_like(h), jnp.zeros_like(t), zeros_like(s), (), c.ts)
+    if march.saves:
+        assert K is not None
+        seen = Seen(window, s, [], None, None, None)
+        next_, bars = march.saves[0].pull(march, problem, c.next, seen, K, g, bars._replace(slopes=zeros_like(K)))
+        slopes_bar = bars.slopes
+    size = march.plan.degree + 1
+    before = [jax.lax.dynamic_slice_in_dim(x, i, size, 0) for x in c.layers]
+    sbar_step, (tbar, hbar, shared, after) = pull(sbar, slopes_bar, (jnp.zeros_like(t), jnp.zeros_like(h), c.shared, before))
+    sbar = march.still(problem, window, sbar, sbar_step)
+    if march.saves:
+        sbar, tbar, hbar = add(bars.s, sbar), tbar + bars.t, hbar + bars.h
+    if not solver.lands:
+        left = left - (h != 0).astype(jnp.int32)
+    abar, bbar = span_back((tbar, hbar))
+    layers = [jax.lax.dynamic_update_slice_in_dim(x, u, i, 0) for x, u in zip(c.layers, after, strict=True)]
+    return Cotangents(sbar, bars.ts.at[p].add(abar).at[q].add(bbar), shared, layers, left, next_)
+
+
+def _saved(march: March, sbar: State, g: State) -> State:
+    """The cotangent of the method's state with that of a saved state added."""
+    return (*add(march.method.read(sbar), g), *sbar[len(g) :])
+
+
+def terminal(march: March, problem: Problem, good: Array, grid: Grid, g: State) -> Cotangents:
+    """The terminal cotangents: those after the last step, before any is pulled back."""
+    nothing = zeros_like(tuple(x[0] for x in g)) * (march.method.parts - 1)
+    next_ = jnp.sum(good[:-1], axis=0).astype(jnp.int32) - 1 if march.saves else None
+    params = problem.params
+    s = (*(x[-1] for x in g), *nothing)
+    shared, layers = zeros_like(params.shared), zeros_like(params.layers)
+    return Cotangents(s, jnp.zeros_like(problem.ts), shared, layers, grid.accepted, next_)
+
+
+def at_initial(march: March, problem: Problem, g: State, c: Cotangents) -> Cotangents:
+    """Cotangents of the problem from those at the first step, and from states saved at the initial time itself, which are y0.
+
+    If such a save time moved on, the state saved would move along the slope there.
+    """
+    ts, rows, params = problem.ts, march.rows, problem.params
+    if march.solver.lands or not g:
+        ybar = tuple(x[0] for x in g)
+    else:
+        same = at_start(ts)
+        beside = (lambda x: same) if same.ndim > 1 else (lambda x: same.reshape(-1, *[1] * (x.ndim - 1)))
+        there = tuple(jnp.where(beside(x), x, 0).astype(x.dtype) for x in g)
+        slope = march.F(rows.spread(ts[0]), problem.y0, params)
+        moved = jax.vmap(lambda x: rows.total(inner(rows, slope, x).astype(ts.dtype), ts[0]))(tuple(x[1:] for x in there))
+        c = c._replace(ts=c.ts.at[1:].add(moved).at[0].add(-jnp.sum(moved, axis=0)))
+        ybar = tuple(jnp.sum(x[:-1], axis=0) for x in there)
+
+    def begin(t0: Array, y0: State, shared: list, layers: list) -> State:
+        given = params._replace(shared=shared, layers=layers)
+        F = lambda: march.F(rows.spread(t0), y0, at_fraction(at_nodes(given, jnp.zeros((), jnp.int32), march.plan.degree), 0.0))
+        return march.method.start(y0, F)
+
+    _, back = jax.vjp(begin, ts[0], problem.y0, params.shared, params.layers)
+    tbar, sbar, shared, layers = back(c.s)
+    c = c._replace(s=add(sbar, ybar), ts=c.ts.at[0].add(tbar), shared=add(c.shared, shared))
+    return c._replace(layers=add(c.layers, layers)) if march.method.starts else c
+
+
+def replace_failed(march: March, problem: Problem, failed: Array) -> Problem:
+    """Give rows that failed at their first step the data of a row that did not.
+
+    Their cotangents are zero, but zero times the NaN of their own derivatives would reach parameters shared with
+    other rows.
+    """
+    if not march.rows.size:
+        return problem
+    column, axis = march.rows.flat(failed), 0 if march.rows.axis == 0 else -1
+    other = jnp.argmin(column)
+
+    def replaced(x: Array, m: bool, lead: int = 0) -> Array:
+        if not m:
+            return x
+        at = lead if axis == 0 else -1
+        mask = column.reshape([-1 if i == at % x.ndim else 1 for i in range(x.ndim)])
+        return jnp.where(mask, jnp.take(x, other[None], axis=at), x)
+
+    params = [
+        [replaced(x, m, lead) for x, m in zip(leaves, flags, strict=True)]
+        for leaves, flags, lead in zip(problem.params, march.mapped.params, (0, 1, 0, 1), strict=True)
+    ]
+    return problem._replace(y0=tuple(replaced(x, True) for x in problem.y0), params=Params(*params))
+
+
+def chapter(march: March, problem: Problem, kept: Kept, record: Record, k: Array) -> tuple[Kept, Array]:
+    """What was kept of chapter k, and how many steps its rows had accepted at its end.
+
+    That of the last chapter is there; another is found again from where it starts.
+    """
+    loops, (s, slope, control), (_, _, next_) = kept.grid.loops, take(kept.chapters, k), take(kept.chapters, k + 1)
+    again = replace(record, chapters=0)
+
+    def there() -> tuple[Kept, Array]:
+        return kept._replace(grid=kept.grid._replace(start=control.t), first=s), kept.grid.accepted
+
+    def found() -> tuple[Kept, Array]:
+        c = Carry(s, slope, control._replace(loops=k * record.slots), (), ())
+        c = c._replace(observed=(again.init(march, problem, c),))
+        step = partial(Loop(march, problem, (again,)).attempt, None)
+        c = march.runner.until(lambda c: c.control.loops >= (k + 1) * record.slots, step, c)
+        recorded, end = c.observed[0], c.control
+        times = jnp.where(
+            recorded.times == end.t[None], next_.t[None], recorded.times
+        )  # rounded otherwise, steps land where the next ones start
+        accepted = jnp.where(next_.h == 0, end.accepted, kept.grid.accepted)
+        grid = Grid(recorded.slots, times, control.t, accepted, kept.grid.arrived, loops)
+        return Kept(grid, c.s, recorded.states or kept.states, kept.chapters, s), end.accepted
+
+    return jax.lax.cond(k == (loops - 1) // record.slots, there, found)
+
+
+def reverse(
+    march: March, problem: Problem, good: Array, kept: Kept, g: State, by: Any, recovery: Callable
+) -> tuple[Cotangents, State]:
+    """Pull the cotangents g of the saved states back over the grid; recovery(kept) -> (store, recover), and recover(i, store) ->
+    (the state that step i starts from, store), asked for the last step first.
+
+    by: the `Record` of a grid recorded by chapters, else None. Returns the cotangents of the problem and the last state recovered,
+    that at the start.
+    """
+    start = march.initial(problem)[0]
+
+    def back(kept: Kept, c: Cotangents) -> tuple[State, Cotangents]:
+        grid, (store, recover), n = kept.grid, recovery(kept), march.slots(problem, kept.grid)
+
+        def body(k: Array, carry: tuple) -> tuple:
+            store, _, c = carry
+            i = n - 1 - k
+            s, store = recover(i, store)
+            return (store, s, pull(march, problem, good, grid, g, i, s, c, start)), None
+
+        return march.runner.repeat(n, body, (store, start, c))[0][1:]
+
+    def one(k: Array, carry: tuple) -> tuple:
+        part, left = chapter(march, problem, kept, by, chapters - 1 - k)
+        return back(part, carry[1]._replace(left=left)), None
+
+    c = terminal(march, problem, good, kept.grid, g)
+    if by is None:
+        first, c = back(kept, c)
+    else:
+        chapters = (kept.grid.loops + by.slots - 1) // by.slots
+        (first, c), _ = march.runner.repeat(chapters, one, (start, c))
+    return at_initial(march, problem, g, c), first

@@ -1,0 +1,271 @@
+"""The one loop over windows: every step of a march, and each step of its grid again, on or back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jode.control import Grid, Stats
+from jode.march.values import Carry, Kept, Outcome, Plan, Problem, problem_of
+from jode.method import Method
+from jode.native import Batch
+from jode.observe import Interpolated, Record, Recorded, Seen, Watch
+from jode.observe.record import chapter_start
+from jode.rows import Rows
+from jode.runner import Runner
+from jode.tree import State, entry, nan_unless, stack_zeros, take, where
+from jode.tuning import FEW_LEFT, GROUP, grouped, rolled, stops_at_saves
+from jode.turns import in_groups
+from jode.window import Window, at_fraction, at_nodes
+
+
+@dataclass(frozen=True, eq=False)
+class Loop:
+    """Steps of a march, and its observers: those served at every step, and those that wait until they are due."""
+
+    march: March
+    problem: Problem
+    watches: tuple[Watch, ...]
+
+    @property
+    def waiting(self) -> tuple[int, ...]:
+        """Which observers the loop stops for."""
+        return tuple(i for i, w in enumerate(self.watches) if w.waits)
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether one of them looks at the step taken last."""
+        return any(w.waits and not w.steps for w in self.watches)
+
+    def attempt(self, place: Any, c: Carry) -> Carry:
+        """Try one step."""
+        march, problem, solver, method = self.march, self.problem, self.march.solver, self.march.method
+        window = solver.window(march, problem, place, c.control)
+        step = method.step(window, c.s, c.slope)
+        if solver.estimates:
+            step = method.estimated(window, c.s, step)
+        accept, control = solver.judge(march, problem, c.control, window, c.s, step)
+        choose = partial(where, accept) if accept is not None else lambda new, _: new
+        slope = choose(method.reused(step.slopes[-1]), c.slope) if solver.estimates else ()
+        t, slot = (None, place[-1]) if solver.lands else (control.t, None)
+        seen = Seen(window, c.s, step.slopes, accept, t, slot)
+        watched = zip(self.watches, c.observed, strict=True)
+        observed = tuple(w.step(march, problem, m, seen) if w.steps else m for w, m in watched)
+        last = (window.t, window.h, c.s, step.slopes, t) if self.looks_back else ()
+        return Carry(choose(step.state, c.s), slope, control, observed, last)
+
+    def until_due(self, running: Callable[[Any], Array], c: Carry) -> Carry:
+        """Step while the control says that it is running, and serve observers that wait where they are due."""
+        march, problem, waiting = self.march, self.problem, self.waiting
+        step = partial(self.attempt, None)
+        if not waiting:
+            return march.runner.until(lambda c: ~running(c.control), step, c)
+
+        def serve(c: Carry) -> Carry:
+            # The loop inside carries nothing of those that only wait: XLA on a CPU compiles one over less than a kilobyte as
+            # one function.
+            held = {i: c.observed[i] for i in waiting if not self.watches[i].steps}
+            due = {i: self.watches[i].due(march, problem, c.observed[i], c) for i in waiting}
+
+            def stop(c: Carry) -> Array:
+                return reduce(jnp.logical_or, (d(c.control) for d in due.values()), ~running(c.control))
+
+            c = c._replace(observed=tuple(() if i in held else m for i, m in enumerate(c.observed)))
+            c = march.runner.until(stop, step, c)
+            observed = [held.get(i, m) for i, m in enumerate(c.observed)]
+            for i in waiting:
+                now = due[i](c.control) & running(c.control)
+                observed[i] = self.watches[i].serve(march, problem, observed[i], now, c)
+            return c._replace(observed=tuple(observed))
+
+        return march.runner.until(lambda c: ~running(c.control), serve, c)
+
+    def saved(self, c: Carry) -> tuple[State, Array]:
+        return self.march.saved_as(c.s)
+
+
+@dataclass(frozen=True, eq=False)
+class March:
+    """The march of a plan for one trajectory, or for the rows of a batch on some platform."""
+
+    plan: Plan
+    rows: Rows
+    mapped: Any
+    platform: str | None
+    F: Callable  # the vector field of all rows, (t, y, params), traced once however many stages ask for it
+    kept: Callable | None = None  # what observers keep, of all rows
+    few: int = 0  # the loop ends where no more rows than this want another step
+
+    @classmethod
+    def of(cls, plan: Plan, batch: Batch | None, platform: str | None) -> March:
+        """For a batch whose operands are (moving, still)."""
+        rows = Rows.of(batch, plan.layout.size)
+        mapped = problem_of(*batch.mapped) if batch else None
+        return cls(plan, rows, mapped, platform, *_lifted(plan, rows, mapped))
+
+    @property
+    def solver(self) -> Any:
+        return self.plan.solver
+
+    @property
+    def method(self) -> Method:
+        return self.plan.solver.method
+
+    @property
+    def runner(self) -> Runner:
+        return self.solver.runner
+
+    def window(self, problem: Problem, t: Array, h: Array, i: Any) -> Window:
+        """The step of width h from t, the i-th of all."""
+        params = at_nodes(problem.params, i, self.plan.degree) if i is not None else problem.params
+        return Window(self.F, self.rows, t, h, params, kept=self.kept)
+
+    def initial(self, problem: Problem) -> tuple[State, State | None]:
+        """The method's own state at the initial time, and the slope there where the control asks for it."""
+        t0 = self.rows.spread(problem.ts[0])
+        params = at_fraction(at_nodes(problem.params, jnp.zeros((), jnp.int32), self.plan.degree), 0.0)
+        if not self.solver.estimates:
+            return self.method.start(problem.y0, lambda: self.F(t0, problem.y0, params)), None
+        slope = self.F(t0, problem.y0, params)
+        return self.method.start(problem.y0, lambda: slope), slope
+
+    # --- forwards
+
+    def march(self, problem: Problem, watches: Sequence[Watch]) -> tuple[Carry, Any, State | None]:
+        """The last carry of the loop, what was saved between intervals, and the slope at the start."""
+        s, slope = self.initial(problem)
+        control = self.solver.init(self, problem, s, slope)
+        c = Carry(s, self.method.reused(slope) if slope is not None else (), control, (), ())
+        c = c._replace(observed=tuple(w.init(self, problem, c) for w in watches))
+        loop = Loop(self, problem, tuple(watches))
+        if loop.looks_back:  # before the first step nothing is due
+            c = c._replace(last=jax.tree.map(jnp.zeros_like, jax.eval_shape(partial(loop.attempt, None), c).last))
+        if not self._in_turns(watches):
+            return *self.solver.drive(self, problem, loop, c), slope
+        c, _ = self.solver.drive(replace(self, few=(self.rows.size or 0) // FEW_LEFT), problem, loop, c)
+        return self._finish_in_groups(problem, watches, c), None, slope
+
+    def _in_turns(self, watches: Sequence[Watch]) -> bool:
+        """Whether rows that finish late go on in groups: where steps are found and not recorded."""
+        rows_last = all(isinstance(w, Interpolated) for w in watches)
+        return not self.solver.lands and rows_last and grouped(self.platform, self.rows.size, self.rows.axis == -1)
+
+    def _finish_in_groups(self, problem: Problem, watches: Sequence[Watch], c: Carry) -> Carry:
+        leaves, treedef = jax.tree.flatten(problem)
+        flags = jax.tree.leaves(self.mapped)
+        rows, loops = Rows(GROUP, -1), c.control.loops
+        F, kept = _lifted(self.plan, rows, self.mapped)
+        group = replace(self, rows=rows, F=F, kept=kept)
+
+        def with_loops(c: Carry, loops: Any) -> Carry:  # rows that still run have made as many attempts
+            return c._replace(control=c.control._replace(loops=loops))
+
+        def run(some: Carry, given: list) -> Carry:
+            mapped = iter(given)
+            part = jax.tree.unflatten(treedef, [next(mapped) if m else x for x, m in zip(leaves, flags, strict=True)])
+            loop = Loop(group, part, tuple(watches))
+            return with_loops(self.solver.drive(group, part, loop, with_loops(some, loops))[0], None)
+
+        left = self.solver.unfinished(c.control)
+        given = [x for x, m in zip(leaves, flags, strict=True) if m]
+        return with_loops(in_groups(run, left, with_loops(c, None), given), loops)
+
+    def saved_as(self, s: State) -> tuple[State, Array]:
+        """The state saved, NaN in rows that are not finite (and stay so: every step adds to the state), and which rows are."""
+        y = self.method.read(s)
+        good = self.rows.finite(y)
+        return tuple(nan_unless(good, x) for x in y), good
+
+    def run(self, problem: Problem) -> Outcome:
+        return self.outcome(problem, *self.march(problem, self.saves))
+
+    def record(self, problem: Problem, record: Record | None) -> tuple[Outcome, Kept]:
+        """The outcome, and what the record kept."""
+        watches = self.saves if record is None else (*self.saves, record)
+        c, saved, slope = self.march(problem, watches)
+        outcome = self.outcome(problem, c, saved, slope)
+        kept = Recorded((), (), (), ()) if record is None else c.observed[-1]
+        grid = Grid((), (), (), (), (), ())
+        if not self.solver.lands:
+            arrived, start = self.solver.arrived(problem.ts, c.control), self.rows.spread(problem.ts[0])
+            grid = Grid(kept.slots, kept.times, start, c.control.accepted, arrived, c.control.loops)
+        states = kept.states or stack_zeros(0, c.s)
+        return outcome, Kept(grid, c.s, states, kept.chapters or stack_zeros(0, chapter_start(c)))
+
+    @property
+    def saves(self) -> tuple[Interpolated, ...]:
+        """The observer of save times, where steps do not end at them."""
+        if self.solver.lands or self.plan.saves == 2:
+            return ()
+        return (Interpolated(stops_at_saves(self.platform, self.plan.layout.size, self.rows.size)),)
+
+    def outcome(self, problem: Problem, c: Carry, saved: Any, slope: State | None) -> Outcome:
+        solver, method, rows = self.solver, self.method, self.rows
+        dense = jnp.zeros((), jnp.int32)
+        if solver.lands:
+            good = rows.finite(problem.y0)
+            first = tuple(nan_unless(good, x) for x in problem.y0), good
+            ys, good = jax.tree.map(lambda x, z: jnp.concatenate([x[None], z]), first, saved)
+        else:
+            arrived = solver.arrived(problem.ts, c.control)
+            end = tuple(nan_unless(arrived, x) for x in method.read(c.s))
+            middle = tuple(jnp.zeros((0, *x.shape), x.dtype) for x in end)
+            if self.saves:
+                middle, dense = self.saves[0].read(c.observed[0]), c.observed[0].dense
+            ys = tuple(jnp.concatenate([x[None], v, z[None]]) for x, v, z in zip(problem.y0, middle, end, strict=True))
+            every = jnp.ones((self.plan.saves, *rows.spread(jnp.zeros(())).shape), bool)
+            good = every & jax.vmap(rows.finite)(ys) if ys else every
+        status, reached, tried, accepted = solver.report(self, problem, c, good, slope)
+        nfe = tried * (method.trials if solver.estimates else method.evaluations) + method.extra * dense
+        nfe = nfe + (solver.nfe_start if solver.estimates else method.starts)
+        backward = accepted * self.pullback_nfe
+        return Outcome(ys, good, Stats(nfe, tried, accepted, tried - accepted, backward), status, reached)
+
+    # --- a slot of the grid again, and back
+
+    def slots(self, problem: Problem, grid: Grid) -> Any:
+        """How many slots the grid has."""
+        return self.solver.slots(self, problem) if self.solver.lands else grid.slots
+
+    def _window(self, problem: Problem, grid: Grid, i: Array) -> Window:
+        (p, q), span = self.solver.ends(self, problem, grid, i)
+        t, h = span(entry(problem.ts, p), entry(problem.ts, q))
+        return self.window(problem, t, h, i if self.solver.lands else None)
+
+    def still(self, problem: Problem, window: Window, s: State, moved: State) -> State:
+        """The state moved, or as it is in rows that stand still in this slot."""
+        return where(window.h == 0, s, moved) if self.solver.may_stand(self, problem) else moved
+
+    def advance(self, problem: Problem, grid: Grid, i: Array, s: State) -> State:
+        """The state after step i from the state s before it."""
+        window = self._window(problem, grid, i)
+        return self.still(problem, window, s, self.method.step(window, s).state)
+
+    def invert(self, problem: Problem, grid: Grid, i: Array, s1: State, ys: State) -> State:
+        """The state before step i from the state s1 after it; where steps end at save times what was saved there, ys, is exact."""
+        if self.solver.lands and self.method.parts == 1:
+            bound = self.solver.bound(self, problem)
+            s1 = where((i + 1) % bound == 0, take(ys, (i + 1) // bound), s1)
+        window = self._window(problem, grid, i)
+        return self.still(problem, window, s1, self.method.inverse(window, s1))
+
+    @property
+    def rolled(self) -> bool:
+        return rolled(self.platform, self.plan.layout.size, self.plan.weights, self.rows.size is not None)
+
+    @property
+    def pullback_nfe(self) -> int:
+        """Evaluations that pulling back through one step takes."""
+        return self.method.pullback_nfe(bool(self.saves))
+
+
+def _lifted(plan: Plan, rows: Rows, mapped: Any) -> tuple[Callable, Callable | None]:
+    """The vector field and what observers keep, for all rows."""
+    axes = mapped.params if mapped else None
+    return jax.jit(rows.lift(plan.field, axes)), plan.kept and jax.jit(rows.lift(plan.kept, axes))
