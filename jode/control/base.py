@@ -63,9 +63,9 @@ class Grid(NamedTuple):
 class Solver:
     """A frozen dataclass of a method, the numbers of a control (data: they may be traced) and its bounds (static).
 
-    Subclasses are pytrees (`jax.tree_util.register_dataclass`), and write what is below, where `march` is the `jode.march.March` that
-    runs, and `carry` the control's part of what its loop carries. In the loop every row takes the step that
-    `window` gives it, and a row that wants no step gets one of width zero.
+    Subclasses are pytrees (`jax.tree_util.register_dataclass`), and write what is below, where `march` is the `jode.march.March`
+    that runs, and `carry` the control's part of what its loop carries. In the loop every row takes the step that `window` gives it,
+    and a row that wants no step gets one of width zero.
     """
 
     method: Method

@@ -11,6 +11,7 @@ from jax import Array
 
 from jode.observe.base import Seen, Watch
 from jode.tree import put, stack_full, stack_zeros, store
+from jode.window import Problem
 
 
 class Recorded(NamedTuple):

@@ -13,6 +13,7 @@ from jax import Array
 from jode.control.adaptive import direction
 from jode.observe.base import Seen, Watch
 from jode.tree import State, add, increment, increment_stacked, nan_unless
+from jode.window import Problem
 
 
 class Saves(NamedTuple):
@@ -21,9 +22,6 @@ class Saves(NamedTuple):
     next: Array
     dense: Array
     ys: State
-
-
-from jode.window import Problem
 
 
 class Bars(NamedTuple):
