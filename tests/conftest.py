@@ -1,5 +1,6 @@
 """Strict everywhere: float64, no implicit dtype or rank promotion, warnings are errors (pyproject.toml).
 
+Compiled programs are dropped after each file: thousands of them in one process take gigabytes, and more memory maps than Linux allows.
 Programs are compiled without XLA's costlier optimisations, which is much faster and means the same; tests of memory ask for
 them with the mark `optimized`.
 """
@@ -17,3 +18,9 @@ def _compilation(request):
     jax.config.update("jax_disable_most_optimizations", "optimized" not in request.keywords)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs():
+    yield
+    jax.clear_caches()
