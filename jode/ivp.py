@@ -22,7 +22,7 @@ from jode.control.base import concrete
 from jode.march import Plan, Problem
 from jode.method import Method
 from jode.observe import Observed, Observer, observing
-from jode.tree import Layout, State, is_inexact, nan_unless, widest
+from jode.tree import Layout, State, hashable, is_inexact, merge, nan_unless, partition, widest
 from jode.window import Params
 
 
@@ -89,8 +89,9 @@ def solve(
     y0 = _state(y0)
     ts = _times(ts, y0)
     solver = solver.checked(y0)
-    dynamic, static = _partition((f, args, solver, *_observers(observe)))
-    run = _solve_jitted if _hashable(static) and _hashable(adjoint) else _solve
+    dynamic, static = partition((f, args, solver, *_observers(observe)), DATA)
+    dynamic = [jnp.asarray(x) for x in dynamic]
+    run = _solve_jitted if hashable((static, adjoint)) else _solve
     checked = all(concrete(x) for x in (ts, *jax.tree.leaves(solver)))
     return run(y0, ts, dynamic, static, adjoint, checked)
 
@@ -99,6 +100,8 @@ def odeint(f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Solver = 
     """`solve(...).ys`: the states at the save times, without counts or status."""
     return solve(f, y0, ts, args, solver=solver, adjoint=adjoint).ys
 
+
+DATA = (jax.Array, np.ndarray, np.generic, float, complex)  # other leaves of args are static
 
 _SPY: ContextVar[Callable | None] = ContextVar("spy", default=None)
 
@@ -242,30 +245,6 @@ def _valid(ts: Array, solver: Any) -> Array:
     return jnp.all(jnp.isfinite(ts)) & (jnp.all(steps >= 0) | jnp.all(steps <= 0)) & solver.valid()
 
 
-def _partition(tree: Any) -> tuple[list, Any]:
-    """Arrays and floats of a pytree, which are data, and the rest, which is static."""
-    leaves, treedef = jax.tree.flatten(tree)
-    data = [isinstance(x, (jax.Array, np.ndarray, np.generic, float, complex)) for x in leaves]
-    dynamic = [jnp.asarray(x) for x, yes in zip(leaves, data, strict=True) if yes]
-    still = tuple(None if yes else x for x, yes in zip(leaves, data, strict=True))
-    types = tuple(type(x) for x in still)  # 1 and True are equal, but not the same leaf
-    return dynamic, (treedef, tuple(data), still, types)
-
-
-def _combine(dynamic: list, static: Any) -> Any:
-    treedef, data, still, _ = static
-    arrays = iter(dynamic)
-    return jax.tree.unflatten(treedef, [next(arrays) if yes else x for yes, x in zip(data, still, strict=True)])
-
-
-def _hashable(x: Any) -> bool:
-    try:
-        hash(x)
-    except TypeError:
-        return False
-    return True
-
-
 def _observers(observe: Any) -> tuple[list, Any]:
     """The observers, and their places in a pytree."""
     observers, treedef = jax.tree.flatten(observe, is_leaf=lambda x: isinstance(x, Observer))
@@ -276,7 +255,7 @@ def _observers(observe: Any) -> tuple[list, Any]:
 
 
 def _solve(y0: Any, ts: Array, dynamic: list, static: Any, adjoint: Any, checked: bool) -> Solution:
-    f, args, solver, observers, places = _combine(dynamic, static)
+    f, args, solver, observers, places = merge(dynamic, static)
     y, ts = y0, jnp.asarray(ts)
     if observers:
         first = jax.tree.map(lambda x: x[0] if isinstance(x, jax.Array) else x, args) if solver.layered else args
@@ -321,17 +300,12 @@ def close(
     Arrays that f closes over are parameters too. f must return the structure and shapes of y; another dtype is cast. The last
     of the four is the state with what observers keep, if there are any: f then returns that besides the slope.
     """
-    leaves, treedef = jax.tree.flatten(args)
-    arrays = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+    given, static = partition(args, jax.Array)
     time = ts.dtype
 
     def flat(t: Array, y: list, given: list) -> Any:
-        merged = list(leaves)
-        for i, x in zip(arrays, given, strict=True):
-            merged[i] = x
-        return f(t, jax.tree.unflatten(layout.treedef, y), jax.tree.unflatten(treedef, merged))
+        return f(t, jax.tree.unflatten(layout.treedef, y), merge(given, static))
 
-    given = [leaves[i] for i in arrays]
     example = [jax.eval_shape(lambda x: x[0], x) if depth else jax.ShapeDtypeStruct(x.shape, x.dtype) for x in given]
     y = [jax.ShapeDtypeStruct(s, d) for s, d in zip(layout.shapes, layout.dtypes, strict=True)]
     try:

@@ -18,6 +18,31 @@ from jax import Array
 State = tuple[Array, ...]
 
 
+def partition(tree: Any, kinds: Any) -> tuple[list, tuple]:
+    """The leaves of a pytree of some kinds, and the rest, which can be hashed where its leaves can."""
+    leaves, treedef = jax.tree.flatten(tree)
+    chosen = tuple(isinstance(x, kinds) for x in leaves)
+    still = tuple(None if yes else x for x, yes in zip(leaves, chosen, strict=True))
+    types = tuple(map(type, still))  # 1 and True are equal, but not the same leaf
+    return [x for x, yes in zip(leaves, chosen, strict=True) if yes], (treedef, chosen, still, types)
+
+
+def merge(chosen: Sequence, static: tuple) -> Any:
+    """The inverse of `partition`."""
+    treedef, places, still, _ = static
+    arrays = iter(chosen)
+    return jax.tree.unflatten(treedef, [next(arrays) if yes else x for yes, x in zip(places, still, strict=True)])
+
+
+def hashable(x: Any) -> bool:
+    """Whether a value can be hashed."""
+    try:
+        hash(x)
+    except TypeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the leaves of a user's state lie in packed vectors."""

@@ -33,8 +33,8 @@ class Stats(NamedTuple):
     """What a solve cost, as int32 arrays, one number per trajectory.
 
     `nfe` counts evaluations of the vector field; `steps` = `accepted` + `rejected`. `nfe_backward` counts the evaluations
-    that a gradient by the chosen adjoint takes besides: one per stage, each differentiated too, and those of steps taken again; zero
-    where it is not known (`Backsolve`). On a CPU small states (32 components) take one more per stage, which is not counted.
+    that a gradient by the chosen adjoint takes besides: one per stage, each differentiated too, and those of steps taken again;
+    zero where it is not known (`Backsolve`). On a CPU small states (32 components) take one more per stage, not counted.
     """
 
     nfe: Array

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jode.tree import depth_of, is_inexact, widest, work_dtype
+from jode.tree import depth_of, hashable, is_inexact, merge, partition, widest, work_dtype
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -54,25 +54,16 @@ def compiled(measure: Callable) -> Callable:
     """A function (f, data, *options) as one program, compiled once for each f, shapes of data and options that can be hashed."""
 
     def inner(static: tuple, arrays: list) -> Any:
-        f, (treedef, still, places, _), options = static
-        leaves = list(still)
-        for i, x in zip(places, arrays, strict=True):
-            leaves[i] = x
-        return measure(f, jax.tree.unflatten(treedef, leaves), *options)
+        f, data, options = static
+        return measure(f, merge(arrays, data), *options)
 
     program = jax.jit(inner, static_argnums=0, inline=True)
 
     @wraps(measure)
     def outer(f: Callable, data: Any, *options: Any) -> Any:
-        leaves, treedef = jax.tree.flatten(data)
-        places = tuple(i for i, x in enumerate(leaves) if isinstance(x, jax.Array))
-        still = tuple(None if i in places else x for i, x in enumerate(leaves))
-        static = (f, (treedef, still, places, tuple(map(type, still))), options)  # 1 and True are equal, but not the same leaf
-        try:
-            hash(static)
-        except TypeError:
-            return inner(static, [leaves[i] for i in places])
-        return program(static, [leaves[i] for i in places])
+        arrays, still = partition(data, jax.Array)
+        static = f, still, options
+        return program(static, arrays) if hashable(static) else inner(static, arrays)
 
     return outer
 
@@ -162,14 +153,5 @@ def map_arrays(leaf: Callable, tree: Any) -> Any:
 
 def split(tree: Any) -> tuple[list[Array], Callable[[list], Any]]:
     """The arrays of a tree, and the function that puts others in their places."""
-    leaves, treedef = jax.tree.flatten(tree)
-    places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
-    still = [None if i in places else x for i, x in enumerate(leaves)]  # no array stays in the function: it may be of a trace
-
-    def join(arrays: list) -> Any:
-        merged = list(still)
-        for i, x in zip(places, arrays, strict=True):
-            merged[i] = x
-        return jax.tree.unflatten(treedef, merged)
-
-    return [leaves[i] for i in places], join
+    arrays, static = partition(tree, jax.Array)  # no array stays in the function: it may be of a trace
+    return arrays, lambda arrays: merge(arrays, static)

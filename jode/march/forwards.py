@@ -153,8 +153,8 @@ class March:
 
     def _in_turns(self, watches: Sequence[Watch]) -> bool:
         """Whether rows that finish late go on in groups: where steps are found and not recorded."""
-        rows_last = all(isinstance(w, Interpolated) for w in watches)
-        return not self.solver.lands and rows_last and grouped(self.platform, self.rows.size, self.rows.axis == -1)
+        apart = all(w.by_row for w in watches)
+        return not self.solver.lands and apart and grouped(self.platform, self.rows.size, self.rows.axis == -1)
 
     def _finish_in_groups(self, problem: Problem, watches: Sequence[Watch], c: Carry) -> Carry:
         leaves, treedef = jax.tree.flatten(problem)

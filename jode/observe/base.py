@@ -31,6 +31,7 @@ class Watch:
 
     steps: bool = True
     waits: bool = False
+    by_row: bool = False  # whether its carry has the rows last, so that some of them may go on without the others
 
     def init(self, march: Any, problem: Problem, c: Any) -> Any:
         """Its carry at the start, given the loop's, without observers."""

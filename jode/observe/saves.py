@@ -39,6 +39,7 @@ class Interpolated(Watch):
     """Save times between the ends. The loop stops where one is passed (`waits`), or looks for them after every step."""
 
     waits: bool
+    by_row = True
 
     def init(self, march: Any, problem: Problem, c: Any) -> Saves:
         ts, y0, rows = problem.ts, problem.y0, march.rows
