@@ -18,6 +18,7 @@ BUDGET = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", BUDGET)
 def test_detest(name):
     """25 problems to t = 20: errors in units of tol (1 + |y|), and the work they took."""
@@ -86,6 +87,7 @@ def saved_truth(name):
     return jode.odeint(f, jnp.array(y0), jnp.linspace(0.0, t1, 41), solver=solver)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("name", "method"),
     [(name, method) for name in SAVED for method in ("tsit5", "dopri8")] + [("lotka_volterra", "dopri5"), ("van_der_pol", "bosh3")],

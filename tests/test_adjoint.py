@@ -43,6 +43,7 @@ def test_memory_free_is_exact_on_reversible_methods(method):
     assert gap(gradient(solver, jode.MemoryFree())(Y0, W, TS), exact) <= 1e-11
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("method", [jode.Reversible(jode.bosh3), jode.reversible_heun, jode.leapfrog], ids=str)
 def test_memory_free_is_exact_on_adaptive_reversible_methods(method):
     solver = jode.Adaptive(method, 1e-5, 1e-5, max_steps=800)
@@ -94,6 +95,7 @@ def weights(n, rough=False):
     return jax.random.normal(jax.random.key(3), (n, 3, 3)) if rough else smooth
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("method", "degree", "rough", "slope"),
     [
@@ -192,6 +194,7 @@ def truth():
     return [grad(W, y) for y in ys], jax.jit(lambda w: jax.jvp(lambda w: grad(w, Y0), (w,), (v,))[1])(W)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("adjoint", [jode.MemoryFree(), jode.Backsolve()], ids=str)
 @pytest.mark.parametrize("solver", SOLVERS, ids=["fixed", "traced", "adaptive"])
 def test_adjoints_under_the_transformations_of_jax(solver, adjoint):
@@ -230,6 +233,7 @@ def test_forward_mode_agrees_with_backprop(solver):
         jax.grad(loss(jode.ForwardMode()))(*x)
 
 
+@pytest.mark.sweep
 def test_second_derivatives_forward_over_forward():
     loss = lambda a: lambda y0: jnp.sum(jode.odeint(field, y0, (0.0, 1.0), W, solver=SOLVERS[2], adjoint=a)[-1] ** 2)
     forward = jax.jit(jax.jacfwd(jax.jacfwd(loss(jode.ForwardMode()))))(Y0)

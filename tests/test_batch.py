@@ -67,6 +67,7 @@ def test_rows_are_solved_as_if_alone(state, solver):
         assert batch.status[i] == alone.status
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_gradient_of_a_batch_and_batch_of_gradients(state, solver):
@@ -99,6 +100,7 @@ def test_weights_and_times_may_differ_by_row(solver, mapped):
         close(bar, jnp.stack(each) if a == 0 else sum(each))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_nested_vmaps_fold(solver):
     loss, y0, w, ts = setup("small", solver)
@@ -112,6 +114,7 @@ def test_nested_vmaps_fold(solver):
     close(inner, ws_bar.sum(1))
 
 
+@pytest.mark.sweep
 def test_tolerances_and_step_counts_may_differ_by_row():
     f, _, w = STATES["small"]
     _, y0, _, ts = setup("small", "fixed")
@@ -131,6 +134,7 @@ def test_tolerances_and_step_counts_may_differ_by_row():
     close(jax.jit(jax.grad(lambda w: jnp.sum(jax.vmap(loss, (None, 0))(w, counts))))(w), alone.sum(0))
 
 
+@pytest.mark.sweep
 def test_hessians_of_a_batch():
     loss, y0, w, ts = setup("small", "adaptive")
     total = lambda w: jnp.sum(jax.vmap(loss, (0, None, None))(y0, w, ts))

@@ -86,6 +86,7 @@ NETWORKS = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("n", "kind", "degree", "span", "dtype"), NETWORKS)
 def test_the_bound_holds_over_200_random_networks(n, kind, degree, span, dtype):
     # Also where the curvature part is no larger than rounding, and where weights switch f over between two samples of it: half of
@@ -121,6 +122,7 @@ def test_the_bound_holds_where_rounding_and_samples_decide(line, x, n, span):
     assert d <= bound
 
 
+@pytest.mark.sweep
 def test_the_floor_of_rounding_is_a_floor():
     # README's example: twelve constant layers. Its one error is rounding, u X per addition: N (S + 1) of them, and a few more.
     layer = lambda t, x, w: jnp.tanh(w["a"] @ x + w["b"])
@@ -165,6 +167,7 @@ def trained(n):
     return w, x[0]
 
 
+@pytest.mark.sweep
 def test_by_default_every_measure_is_about_the_network_that_resnet_runs():
     layer = lambda t, x, w: jnp.tanh(w["a"] @ x + w["b"])
     for w, x in (trained(6), ({"a": jnp.zeros((12, 3, 3)), "b": jnp.ones((12, 3))}, jnp.ones(3))):
@@ -538,6 +541,7 @@ def test_wrong_options_are_named():
         depth.distance_bound(f, X.astype(complex), smooth(4))
 
 
+@pytest.mark.sweep
 def test_no_tracer_leaks():
     with jax.checking_leaks():
         for measure in (depth.distance, depth.distance_bound):
@@ -582,6 +586,7 @@ def test_a_network_that_overflows_measures_nan():
     assert both[1] < 1e-3
 
 
+@pytest.mark.sweep
 def test_gradients_of_the_bound():
     def value(w, scale, lipschitz=None):
         block = lambda t, x, w: scale * f(t, x, w)  # a closed-over array

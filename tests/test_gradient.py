@@ -137,6 +137,7 @@ def test_every_input_matches_finite_differences(name, direction, saves):
             assert abs(fd - g[j]) <= 1e-6 * max(1, np.abs(g).max())
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("name", "saves"), [("rk4", 4), ("traced", 4), ("tsit5", 4)])
 def test_second_derivatives(name, saves):
     """Forward over reverse, against differences of the gradient; reverse over reverse too on a grid of static length."""
@@ -155,6 +156,7 @@ def test_second_derivatives(name, saves):
         np.testing.assert_allclose(jax.jit(jax.jacrev(gradient, 1))(Y0, a, ts), hessian, rtol=1e-9)
 
 
+@pytest.mark.sweep
 def test_second_derivatives_inside_an_outer_scan():
     def through_scan(a):
         def body(y, _):
@@ -254,6 +256,7 @@ def test_the_schedule_is_logarithmic():
     assert int(recomputed(jnp.asarray(100_000), 64)) <= 4 * 100_000
 
 
+@pytest.mark.sweep
 @pytest.mark.optimized
 def test_memory_follows_the_checkpoints():
     """Bytes of temporaries of a gradient of 1,024 steps on a state of 4,096 numbers."""
@@ -300,6 +303,7 @@ def test_save_times_at_the_start_have_the_slope_for_a_derivative():
         np.testing.assert_allclose(found(x), known(x), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("checkpoints", ["auto", 5], ids=str)
 @pytest.mark.parametrize("ts", [(0.0, 3.0), (3.0, 0.0), (0.0, 0.0, 1.1, 2.0, 3.0)], ids=["two", "back", "saves"])
 def test_a_gradient_over_chapters_of_steps_is_that_over_all_at_once(ts, checkpoints):

@@ -149,6 +149,7 @@ def test_traced_times_out_of_order_are_a_status(solver):
             jode.check(sol)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("solver", "adjoint"), FEW)
 def test_a_row_with_invalid_times_harms_no_other(solver, adjoint):
     tss = jnp.asarray([[0, 0.5, 1.0], [0, 1.0, 0.5], [0, np.nan, 1.0], [0, -0.5, -1.0]])
@@ -267,6 +268,7 @@ def test_states_too_coarse_to_advance_are_refused(nest, dtype):
 # No NaN is computed on the way to a good answer.
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "no jit"])
 @pytest.mark.parametrize("solver", ["fixed", "adaptive", "reversible"])
 def test_healthy_solves_compute_no_nan(solver, jit):
@@ -290,6 +292,7 @@ PROBLEMS = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_reversible_methods_are_as_accurate_as_their_own(problem):
     """Within ten times the error of the method itself wherever that is small, whatever the step count."""
@@ -306,6 +309,7 @@ def test_reversible_methods_are_as_accurate_as_their_own(problem):
     assert seen >= 4
 
 
+@pytest.mark.sweep
 def test_reversible_on_lotka_volterra_at_its_default():
     f, y0, end = PROBLEMS["Lotka-Volterra"]
     final = lambda method, adjoint=jode.Backprop(): (

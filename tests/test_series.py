@@ -63,6 +63,7 @@ def bound(model, key, series):
 # Masks, raggedness, causality.
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("encoder", [GRUEncoder, ODERNN])
 @pytest.mark.parametrize("where", [[0, 1, 2, 3, 4], [3, 4, 5, 6, 7], [1, 2, 4, 6, 7]])
 def test_what_was_not_observed_changes_nothing(encoder, where):
@@ -75,6 +76,7 @@ def test_what_was_not_observed_changes_nothing(encoder, where):
         np.testing.assert_allclose(b, a, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("encoder", [GRUEncoder, ODERNN])
 def test_a_ragged_batch_is_each_series_alone(encoder):
     model = latent(encoder)
