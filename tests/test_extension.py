@@ -178,6 +178,8 @@ def test_the_implicit_method_is_stable_where_explicit_ones_are_not_and_rejects_f
         lambda t, y, a: -(y**3), jnp.array([50.0]), (0.0, 1.0), solver=jode.Adaptive(ImplicitEuler(), 1.0, 1.0, first_step=1.0)
     )
     assert newton.status == jode.Status.success
+    wide = jode.solve(lambda t, y, a: -(y**3), jnp.array([50.0]), (0.0, 1.0), solver=jode.Fixed(ImplicitEuler(), 1))
+    assert wide.status == jode.Status.nonfinite_state
     assert newton.stats.rejected > 0
 
 

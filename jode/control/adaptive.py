@@ -113,7 +113,8 @@ class Adaptive(Solver):
     def most_steps(self, intervals: int, steps: int | None) -> int:
         return self.max_steps
 
-    def init(self, march: Any, problem: Problem, s: State, slope: State) -> Progress:
+    def init(self, march: Any, problem: Problem, s: State, slope: State | None) -> Progress:
+        assert slope is not None
         rows, ts = march.rows, problem.ts
         t0, y0 = rows.spread(ts[0]), march.method.read(s)
         F = lambda t, y: march.F(t, y, problem.params)
@@ -156,10 +157,6 @@ class Adaptive(Solver):
 
     def may_stand(self, march: Any, problem: Problem) -> bool:
         return march.rows.size is not None
-
-    def time(self, carry: Progress) -> Array:
-        """The time each row has reached."""
-        return carry.t
 
     def unfinished(self, carry: Progress) -> Array:
         """Rows that want another step and may take one."""

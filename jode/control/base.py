@@ -108,7 +108,7 @@ class Solver:
         """A static bound on the number of steps; zero where none is known."""
         return 0
 
-    def init(self, march: Any, problem: Problem, s: State, slope: State) -> Any:
+    def init(self, march: Any, problem: Problem, s: State, slope: State | None) -> Any:
         """The control's own carry at the start, given the method's state and the slope there."""
         raise NotImplementedError
 
@@ -133,6 +133,30 @@ class Solver:
         finite, and the slope at the start.
         """
         raise NotImplementedError
+
+    def bound(self, march: Any, problem: Problem) -> Any:
+        """Steps between save times, of a solver that lands; the largest of the rows' where each has its own."""
+        raise NotImplementedError
+
+    def slots(self, march: Any, problem: Problem) -> Any:
+        """Steps in all, of a solver that lands."""
+        raise NotImplementedError
+
+    # A solver that does not land carries at least t and h, the time reached and the width of the next step, as columns (h is 0
+    # where a row is done), how many steps each row has `accepted`, and how often the loop ran, `loops`. It also says:
+
+    def arrived(self, ts: Array, carry: Any) -> Array:
+        """Rows that arrived at the last save time."""
+        raise NotImplementedError
+
+    def unfinished(self, carry: Any) -> Array:
+        """Rows that want another step and may take one."""
+        raise NotImplementedError
+
+    @property
+    def nfe_start(self) -> int:
+        """Evaluations of f before the first step."""
+        return 1
 
     def ends(self, march: Any, problem: Problem, grid: Grid, i: Array, left: Any = None) -> tuple[tuple, Callable]:
         """How step i depends on given times: the places of two of them in ts, and a function of these that gives (t, h)."""

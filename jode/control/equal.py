@@ -44,7 +44,7 @@ class Equal(Solver):
             h = jnp.where(k < steps, h, 0)
         return t, h
 
-    def init(self, march: Any, problem: Problem, s: State, slope: State) -> tuple:
+    def init(self, march: Any, problem: Problem, s: State, slope: State | None) -> tuple:
         return ()
 
     def window(self, march: Any, problem: Problem, place: tuple, carry: tuple) -> Window:

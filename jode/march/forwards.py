@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jode.control import Grid, Stats
+from jode.control import Grid, Solver, Stats
 from jode.march.values import Carry, Kept, Outcome, Plan, Problem, problem_of
 from jode.method import Method
 from jode.native import Batch
@@ -50,6 +50,8 @@ class Loop:
         step = method.step(window, c.s, c.slope)
         if solver.estimates:
             step = method.estimated(window, c.s, step)
+        elif step.ok is not None:  # nothing else is tried: the row has failed
+            step = step._replace(state=tuple(nan_unless(step.ok, x) for x in step.state))
         accept, control = solver.judge(march, problem, c.control, window, c.s, step)
         choose = partial(where, accept) if accept is not None else lambda new, _: new
         slope = choose(method.reused(step.slopes[-1]), c.slope) if solver.estimates else ()
@@ -110,7 +112,7 @@ class March:
         return cls(plan, rows, mapped, platform, *_lifted(plan, rows, mapped))
 
     @property
-    def solver(self) -> Any:
+    def solver(self) -> Solver:
         return self.plan.solver
 
     @property
@@ -203,7 +205,8 @@ class March:
         """The observer of save times, where steps do not end at them."""
         if self.solver.lands or self.plan.saves == 2:
             return ()
-        return (Interpolated(stops_at_saves(self.platform, self.plan.layout.size, self.rows.size)),)
+        plan, slopes = self.plan, self.method.trials + 1
+        return (Interpolated(stops_at_saves(self.platform, plan.layout.size, plan.weights, slopes, self.rows.size)),)
 
     def outcome(self, problem: Problem, c: Carry, saved: Any, slope: State | None) -> Outcome:
         solver, method, rows = self.solver, self.method, self.rows

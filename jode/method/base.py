@@ -15,7 +15,8 @@ from jode.window import Window
 class Step(NamedTuple):
     """One step: the method's own state at its end, the slopes on the way, and whether it succeeded.
 
-    ok: None where a step cannot fail but by a NaN, else a column of bools; steps that failed are rejected, as if too wide.
+    ok: None where a step cannot fail but by a NaN, else a column of bools. A step that failed is rejected, as if too wide; where
+    steps are known beforehand its row has failed.
     """
 
     state: State
