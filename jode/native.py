@@ -326,14 +326,23 @@ def _batch(kind: str, axis: Any, operands: tuple, dims: tuple, *, march: _March,
         first = len(out) - {"joint": len(march.values), "tangent": len(out), "pull": len(out)}[kind]
         place = 0 if any(outer) else None
         return out, [place] * first + [0] * (len(out) - first)
-    depth, results = len(over), [i >= march.operands for i in range(count)]  # what was recorded differs by row
+    return _batch_rows(bind, march, kind, rows, size, (held, held_dims), (linear, linear_dims), params)
+
+
+def _batch_rows(
+    bind: Callable, march: _March, kind: str, rows: tuple | None, size: int, held_: tuple, linear_: tuple, params: dict
+) -> tuple:
+    """The form for rows, or for more of them: operands that are held and linear ones, each with the places of the new axis."""
+    (held, held_dims), (linear, linear_dims) = held_, linear_
+    active, depth = params.get("active", ()), len(params.get("over", ()))
+    results = [i >= march.operands for i in range(len(held))]  # what was recorded differs by row
     owner = active if kind in ("joint", "tangent") else ()  # a tangent has rows where its operand has them
     moved = {i for i, d in zip(owner, linear_dims, strict=False) if d is not None}
     held = [
         x if d is None and not (of or i in moved) else _moved(x, d, 0, size)
         for i, (x, d, of) in enumerate(zip(held, held_dims, results, strict=True))
     ]
-    outer = tuple(o or i in moved for i, o in enumerate(outer[: march.operands]))
+    outer = tuple(d is not None or i in moved for i, d in enumerate(held_dims[: march.operands]))
     lead = [outer[i] for i in owner] or [True] * len(linear)
     linear = [_moved(x, d, depth, size) if o else x for x, d, o in zip(linear, linear_dims, lead, strict=True)]
     if rows is None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jode.adjoint.rule import Adjoint, contained, drift, only_forward_over_reverse
-from jode.control import Adaptive, Fixed, Status
+from jode.control import Solver, Status
 from jode.march import Cotangents, March, Outcome, Problem, inner
 from jode.method import RungeKutta
 from jode.observe import Seen, Watch
@@ -38,7 +38,7 @@ class Backsolve(Adjoint):
     max_drift: float = 0.1
 
     def __post_init__(self) -> None:
-        if not (self.solver is None or isinstance(self.solver, (Fixed, Adaptive))):
+        if self.solver is not None and (not isinstance(self.solver, Solver) or self.solver.layered):
             raise TypeError(f"Backsolve: solver must be jode.Fixed, jode.Adaptive or None, got {self.solver!r}")
 
     def refusal(self, solver: Any) -> str | None:
