@@ -26,9 +26,9 @@ PLENTY = 1000
 
 # Tables have static shapes and are filled when they are made: with a slot for each of max_steps = 4096 steps the gradient of 1,000
 # rows of Lorenz' equations took 29 ms, and with 256 slots 2.4 ms. So the default adjoint records the steps of a found grid in
-# chapters of RECORD steps, or of more where that would make more than MOST_CHAPTERS. Tables of at most LITTLE bytes are filled in
+# chapters of RECORD steps, or of as many as there are chapters. Tables of at most LITTLE bytes are filled in
 # less than that costs: a loop inside a loop is no longer compiled as one function (22 µs became 100 µs for one trajectory).
-LITTLE, RECORD, MOST_CHAPTERS = 2**18, 256, 64
+LITTLE, RECORD = 2**18, 256
 
 # Reversible methods and MemoryFree: over n / SEGMENTS steps backwards a rounding error grows at most by GROWTH.
 SEGMENTS, GROWTH = 16, 100.0

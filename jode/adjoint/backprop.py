@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from jode.adjoint.discrete import Discrete
 from jode.march import Kept, March, Plan, Problem
 from jode.observe import Record
 from jode.tree import State, put, stack_zeros, take, where
-from jode.tuning import BUDGET, LITTLE, MOST_CHAPTERS, PLENTY, RECORD
+from jode.tuning import BUDGET, LITTLE, PLENTY, RECORD
 
 AUTO = "auto"
 
@@ -84,7 +85,7 @@ def _slots(plan: Plan, rows: int) -> int:
     step = plan.layout.nbytes * plan.solver.method.parts + jnp.dtype(plan.time).itemsize
     if plan.most * step * rows <= LITTLE:
         return plan.most
-    return min(plan.most, max(RECORD, -(-plan.most // MOST_CHAPTERS)))
+    return min(plan.most, max(RECORD, math.ceil(plan.most**0.5)))
 
 
 def _recompute(march: March, problem: Problem, kept: Kept, keep: int) -> tuple[Any, Callable]:

@@ -185,9 +185,8 @@ class Adaptive(Solver):
 
         left: how many of its accepted steps a row has taken after this one; for derivatives alone, which ask where times come from.
         """
-        times = grid.times
-        start = jnp.where(i == 0, grid.start, times[jnp.maximum(i - 1, 0)])
-        end = times[i]
+        start = jnp.where(i == 0, grid.start, grid.times[jnp.maximum(i - 1, 0)])
+        end = grid.times[i]
         if left is None:
             return (0, -1), lambda a, b: (start, end - start)
         moved = end != start

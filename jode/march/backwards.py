@@ -14,7 +14,7 @@ from jax import Array
 from jode.control import Grid
 from jode.march.forwards import Loop, March
 from jode.march.values import Carry, Cotangents, Kept, Problem, inner
-from jode.observe import Record, Seen
+from jode.observe import Record, Recorded, Seen
 from jode.observe.saves import Bars, at_start
 from jode.tree import State, add, entry, take, where, zeros_like
 from jode.window import Params, at_fraction, at_nodes
@@ -130,31 +130,24 @@ def replace_failed(march: March, problem: Problem, failed: Array) -> Problem:
     return problem._replace(y0=tuple(replaced(x, True) for x in problem.y0), params=Params(*params))
 
 
-def chapter(march: March, problem: Problem, kept: Kept, record: Record, k: Array) -> tuple[Kept, Array]:
+def chapter(march: March, problem: Problem, kept: Kept, by: Record, tables: Recorded, k: Array) -> tuple[Kept, Array]:
     """What was kept of chapter k, and how many steps its rows had accepted at its end.
 
-    That of the last chapter is there; another is found again from where it starts.
+    That of the last chapter is in the tables; another is found again from where it starts, in their place.
     """
-    loops, (s, slope, control), (_, _, next_) = kept.grid.loops, take(kept.chapters, k), take(kept.chapters, k + 1)
-    again = replace(record, chapters=0)
-
-    def there() -> tuple[Kept, Array]:
-        return kept._replace(grid=kept.grid._replace(start=control.t), first=s), kept.grid.accepted
-
-    def found() -> tuple[Kept, Array]:
-        c = Carry(s, slope, control._replace(loops=k * record.slots), (), ())
-        c = c._replace(observed=(again.init(march, problem, c),))
-        step = partial(Loop(march, problem, (again,)).attempt, None)
-        c = march.runner.until(lambda c: c.control.loops >= (k + 1) * record.slots, step, c)
-        recorded, end = c.observed[0], c.control
-        times = jnp.where(
-            recorded.times == end.t[None], next_.t[None], recorded.times
-        )  # rounded otherwise, steps land where the next ones start
-        accepted = jnp.where(next_.h == 0, end.accepted, kept.grid.accepted)
-        grid = Grid(recorded.slots, times, control.t, accepted, kept.grid.arrived, loops)
-        return Kept(grid, c.s, recorded.states or kept.states, kept.chapters, s), end.accepted
-
-    return jax.lax.cond(k == (loops - 1) // record.slots, there, found)
+    (s, slope, control), (_, _, next_) = take(kept.chapters, k), take(kept.chapters, k + 1)
+    end, last = (k + 1) * by.slots, k == (kept.grid.loops - 1) // by.slots
+    tables = tables._replace(slots=jnp.where(last, tables.slots, 0))
+    c = Carry(s, slope, control._replace(loops=jnp.where(last, end, k * by.slots)), (tables,), ())
+    step = partial(Loop(march, problem, (replace(by, chapters=0),)).attempt, None)
+    c = march.runner.until(lambda c: c.control.loops >= end, step, c)
+    found, at = c.observed[0], c.control
+    accepted = jnp.where(last | (next_.h != 0), kept.grid.accepted, at.accepted)
+    # Rounded otherwise, the last steps land where the next chapter starts.
+    land = lambda times: jnp.where(times == at.t[None], next_.t[None], times)
+    times = jax.lax.cond(last, lambda times: times, land, found.times)
+    grid = Grid(found.slots, times, control.t, accepted, kept.grid.arrived, kept.grid.loops)
+    return Kept(grid, c.s, found.states, kept.chapters, s), jnp.where(last, kept.grid.accepted, at.accepted)
 
 
 def reverse(
@@ -180,13 +173,16 @@ def reverse(
         return march.runner.repeat(n, body, (store, start, c))[0][1:]
 
     def one(k: Array, carry: tuple) -> tuple:
-        part, left = chapter(march, problem, kept, by, chapters - 1 - k)
-        return back(part, carry[1]._replace(left=left)), None
+        tables, _, c = carry
+        part, left = chapter(march, problem, kept, by, tables, chapters - 1 - k)
+        first, c = back(part, c._replace(left=left))
+        return (Recorded(part.grid.slots, part.grid.times, part.states, ()), first, c), None
 
     c = terminal(march, problem, good, kept.grid, g)
     if by is None:
         first, c = back(kept, c)
     else:
         chapters = (kept.grid.loops + by.slots - 1) // by.slots
-        (first, c), _ = march.runner.repeat(chapters, one, (start, c))
+        tables = Recorded(kept.grid.slots, kept.grid.times, kept.states if by.keep else (), ())
+        (_, first, c), _ = march.runner.repeat(chapters, one, (tables, start, c))
     return at_initial(march, problem, g, c), first

@@ -61,7 +61,7 @@ def _kept(march: March, kept: Kept, shared: Callable, columns: Callable, states:
     """The same functions of all that rows share, of their numbers and of their states."""
     grid, last, table, chapters, _ = kept
     if not march.solver.lands:
-        times, start, accepted, arrived = map(columns, grid[1:-1])
+        times, start, accepted, arrived = map(columns, grid[1:5])
         grid = Grid(shared(grid.slots), times, start, accepted, arrived, shared(grid.loops))
     s, slope, control = chapters
     chapters = (*jax.tree.map(lambda x: states(x, 1), (s, slope)), jax.tree.map(columns, control))
