@@ -41,8 +41,8 @@ class Equal(Solver):
         h = (b - a) / (steps if isinstance(steps, int) else steps.astype(a.dtype))
         t = a + k.astype(a.dtype) * h
         if jnp.ndim(steps) or jnp.ndim(h):
-            # Widths by row are made in the loop even where all rows take all steps: XLA on a CPU otherwise keeps them spread over the
-            # state, and no longer sees that Backsolve asks for a stage twice (24 ms became 28 for a perceptron).
+            # Widths by row are made in the loop even where all rows take all steps: XLA on a CPU otherwise keeps them spread over
+            # the state, and no longer sees that Backsolve asks for a stage twice (24 ms became 28 for a perceptron).
             h = jnp.where(k < steps, h, 0)
         return t, h
 
