@@ -89,7 +89,12 @@ def solve(
     y0 = _state(y0)
     ts = _times(ts, y0)
     solver = solver.checked(y0)
-    dynamic, static = partition((f, args, solver, *_observers(observe)), DATA)
+    observers, places = _observers(observe)
+    if observers and not adjoint.sees_steps:
+        raise ValueError(
+            f"observers see steps, and the gradient of {type(adjoint).__name__} is not that of the steps: use jode.Backprop"
+        )
+    dynamic, static = partition((f, args, solver, observers, places), DATA)
     dynamic = [jnp.asarray(x) for x in dynamic]
     run = _solve_jitted if hashable((static, adjoint)) else _solve
     checked = all(concrete(x) for x in (ts, *jax.tree.leaves(solver)))

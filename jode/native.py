@@ -266,7 +266,7 @@ def _split_joint(trace: Any, *tracers: Any, march: _March, rows: tuple | None, o
     """Where reverse mode follows: the march is recorded now, and its tangent waits to be transposed."""
     params = {"march": march, "rows": rows, "over": over, "active": active}
     held, moved = tracers[: march.operands], tracers[march.operands :]
-    if over or any(t.is_known() for t in moved) or not all(t.is_known() for t in held):
+    if over or all(t.is_known() for t in moved) or not all(t.is_known() for t in held):
         return trace.default_process_primitive(_joint_p, tracers, params)
     results = _record_p.bind(*(t.pval.get_known() for t in held), march=march, rows=rows)
     known = [trace.new_const(x) for x in results]

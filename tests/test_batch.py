@@ -224,6 +224,27 @@ def test_a_native_march_composes(transform):
             close(second(both)(x), jax.hessian(lambda z: z[1] * jnp.sin(z[0]))(x))
 
 
+@pytest.mark.parametrize("solver", ["fixed", "adaptive"])
+def test_directions_share_the_work_of_the_solve(solver):
+    """A Jacobian, by either mode, evaluates f as often as one derivative does, however many directions it has."""
+    calls = []
+
+    def f(t, y, w):
+        jax.debug.callback(lambda: calls.append(1))
+        return jnp.tanh(w @ y)
+
+    def count(transform, *x):
+        calls.clear()
+        jax.block_until_ready(jax.jit(transform)(*x))
+        jax.effects_barrier()
+        return len(calls)
+
+    y, w = jnp.array([0.3, -0.2, 0.5]), STATES["small"][2]
+    solve = lambda y: jode.odeint(f, y, (0.0, 1.0), w, solver=SOLVERS[solver])[-1]
+    assert count(jax.jacfwd(solve), y) == count(lambda y: jax.jvp(solve, (y,), (y,)), y) == count(solve, y)
+    assert count(jax.jacrev(solve), y) == count(jax.grad(lambda y: jnp.sum(solve(y))), y)
+
+
 @pytest.mark.parametrize("fast", [40, 500])
 def test_many_unequal_rows_are_solved_as_few_are(fast):
     """Rows that want twenty times the steps are regrouped: by every sign the answers are those of one loop over all."""

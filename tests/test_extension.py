@@ -192,6 +192,8 @@ def test_an_observer_changes_nothing_and_sees_every_step():
         assert seen.observed["largest"] >= jnp.max(jnp.abs(plain.ys)) - 1e-12
     with pytest.raises(TypeError, match="observe must be a jode.Observer"):
         jode.solve(oscillator, Y0, TS, A, observe=lambda t, y: y)
+    with pytest.raises(ValueError, match="observers see steps"):
+        jode.solve(oscillator, Y0, TS, A, observe=Largest(), adjoint=jode.Backsolve())
     with pytest.raises(NotImplementedError, match=r"use jode.Backprop"):
         jax.grad(
             lambda y: (

@@ -37,6 +37,8 @@ class Backsolve(Adjoint):
     solver: Any = None
     max_drift: float = 0.1
 
+    sees_steps = False
+
     def __post_init__(self) -> None:
         if self.solver is not None and (not isinstance(self.solver, Solver) or self.solver.layered):
             raise TypeError(f"Backsolve: solver must be jode.Fixed, jode.Adaptive or None, got {self.solver!r}")

@@ -32,6 +32,8 @@ class Adjoint:
     Forward derivatives are the march's own, whatever the adjoint: exact, of the numbers computed.
     """
 
+    sees_steps = True  # whether its gradient is that of the steps taken, and so of what observers keep of them
+
     def refusal(self, solver: Any) -> str | None:
         """Why this adjoint cannot serve this solver, if it cannot."""
         return None
