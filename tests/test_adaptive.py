@@ -30,9 +30,9 @@ def test_detest(name):
         static_argnums=0,
     )
     for p in DETEST.values():
-        for e in errors:
+        for e, found in errors.items():
             sol = jode.check(run(p.f, jnp.array(p.y0), p.t1, 10.0**-e))
-            errors[e].append(np.max(np.abs(sol.ys[-1] - p.y1) / (1 + np.abs(p.y1))) * 10.0**e)
+            found.append(np.max(np.abs(sol.ys[-1] - p.y1) / (1 + np.abs(p.y1))) * 10.0**e)
             work[e] += int(sol.stats.nfe)
     fifth = name != "dopri8"
     for e, found in errors.items():

@@ -10,6 +10,7 @@ import pytest
 import jode
 from jode.rows import Rows
 from jode.window import Params, Window
+import itertools
 
 REVERSIBLE = [jode.Reversible(jode.midpoint), jode.Reversible(jode.rk4), jode.reversible_heun, jode.leapfrog, jode.Momentum(0.9)]
 W = 0.7 * jax.random.normal(jax.random.key(0), (3, 3))
@@ -125,7 +126,7 @@ def test_memory_free_residual_networks_err_as_theory_says(method, degree, rough,
 def test_layers_at_nodes_are_heun_with_two_weights():
     w = weights(6)
     x, h = Y0, 1 / 5
-    for a, b in zip(w[:-1], w[1:], strict=True):
+    for a, b in itertools.pairwise(w):
         k1 = jnp.tanh(a @ x)
         k2 = jnp.tanh(b @ (x + h * k1))
         x = x + h / 2 * (k1 + k2)

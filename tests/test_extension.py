@@ -190,7 +190,7 @@ def test_an_observer_changes_nothing_and_sees_every_step():
         for a, b in zip(jax.tree.leaves((plain.ys, plain.stats)), jax.tree.leaves((seen.ys, seen.stats)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-14)
         assert seen.observed["largest"] >= jnp.max(jnp.abs(plain.ys)) - 1e-12
-    with pytest.raises(TypeError, match="observe must be a jode.Observer"):
+    with pytest.raises(TypeError, match=r"observe must be a jode.Observer"):
         jode.solve(oscillator, Y0, TS, A, observe=lambda t, y: y)
     with pytest.raises(ValueError, match="observers see steps"):
         jode.solve(oscillator, Y0, TS, A, observe=Largest(), adjoint=jode.Backsolve())

@@ -26,7 +26,7 @@ def test_dynamics_that_are_not_finite_fail_at_the_first_call(value, component):
     assert sol.status == Status.nonfinite_dynamics
     assert sol.stats.nfe <= 10
     assert np.isnan(sol.ys[-1]).all()
-    with pytest.raises(jode.SolveError, match="nonfinite_dynamics after 0 steps.*domain"):
+    with pytest.raises(jode.SolveError, match=r"nonfinite_dynamics after 0 steps.*domain"):
         jode.check(sol)
 
 
@@ -72,7 +72,7 @@ def test_max_steps_is_reported_and_never_a_number():
     assert sol.status == Status.max_steps
     assert sol.stats.steps == 500
     assert np.isnan(sol.ys[-1]).all()
-    with pytest.raises(jode.SolveError, match="max_steps after 500 steps.*stiff"):
+    with pytest.raises(jode.SolveError, match=r"max_steps after 500 steps.*stiff"):
         jode.check(sol)
 
 
@@ -184,7 +184,7 @@ def test_check_names_the_row_of_a_batch_and_passes_on_success():
         jode.check(solve(jnp.array([[0.1], [1.0], [0.2]])))
     good = solve(jnp.array([[0.1], [0.2]]))
     assert jode.check(good) is good
-    with pytest.raises(TypeError, match="outside jax.jit"):
+    with pytest.raises(TypeError, match=r"outside jax.jit"):
         jax.jit(lambda: jode.check(jode.solve(lambda t, y, a: -y, 1.0, (0.0, 1.0))))()
 
 

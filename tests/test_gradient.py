@@ -9,6 +9,7 @@ import pytest
 
 import jode
 from jode.adjoint.backprop import recomputed
+import itertools
 
 Y0, ARGS = jnp.array([1.0, 1.2]), {"a": jnp.array([1.5, 1.0, 3.0, 1.0]), "n": 2, "who": "hare"}
 ADJOINTS = [jode.Backprop(), jode.Backprop(None), jode.Backprop(5)]
@@ -45,7 +46,7 @@ def by_hand(method, steps):
 
     def loss(y0, a, ts):
         y, ys = y0, [y0]
-        for start, end in zip(ts[:-1], ts[1:], strict=True):
+        for start, end in itertools.pairwise(ts):
             h = (end - start) / steps
 
             def step(y, n, start=start, h=h):
@@ -101,7 +102,7 @@ def test_adaptive_steps_equal_autodiff_of_a_loop_over_the_accepted_grid(adjoint)
 
     def loss(y0, a):
         y = y0
-        for start, end in zip(grid[:-1], grid[1:], strict=True):
+        for start, end in itertools.pairwise(grid):
             ks, h = [], end - start
             for c, row in zip(t.c, t.a, strict=True):
                 at = y + h * sum((w * k for w, k in zip(row, ks, strict=True)), jnp.zeros(2))

@@ -145,7 +145,7 @@ def test_traced_times_out_of_order_are_a_status(solver):
         assert sol.status == Status.invalid_input, ts
         assert np.isnan(sol.ys).all()
         assert sol.stats.nfe == 0
-        with pytest.raises(jode.SolveError, match="invalid_input.*ts must be finite"):
+        with pytest.raises(jode.SolveError, match=r"invalid_input.*ts must be finite"):
             jode.check(sol)
 
 
@@ -253,7 +253,7 @@ def test_python_times_take_the_precision_of_the_state(ts, state, seen):
 
 @pytest.mark.parametrize("ts", [[1e8, 1e8 + 1], (0.0, 1e8, 1e8 + 1), [2**24, 2**24 + 1], [1.0, 1.0 + 1e-9]], ids=str)
 def test_times_that_one_dtype_cannot_tell_apart_are_refused(ts):
-    with pytest.raises(ValueError, match="are the same number in float32.*float64"):
+    with pytest.raises(ValueError, match=r"are the same number in float32.*float64"):
         jode.solve(lambda t, y, a: -y, jnp.ones(1, F32), ts)
     assert jode.solve(lambda t, y, a: -y, jnp.ones(1), ts, solver=jode.Fixed(jode.euler, 1)).status == Status.success
 
@@ -261,7 +261,7 @@ def test_times_that_one_dtype_cannot_tell_apart_are_refused(ts):
 @pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float8_e4m3b11fnuz])
 @pytest.mark.parametrize("nest", [lambda x: x, lambda x: {"a": jnp.ones(2), "b": x}], ids=["array", "leaf"])
 def test_states_too_coarse_to_advance_are_refused(nest, dtype):
-    with pytest.raises(TypeError, match="y0.*too coarse to advance"):
+    with pytest.raises(TypeError, match=r"y0.*too coarse to advance"):
         jode.solve(lambda t, y, a: y, nest(jnp.ones(2, dtype)), (0.0, 1.0))
 
 
