@@ -1,5 +1,6 @@
 """Every way to a gradient: exact where it says so, and off by what it says elsewhere."""
 
+import itertools
 from functools import cache
 
 import jax
@@ -10,7 +11,6 @@ import pytest
 import jode
 from jode.rows import Rows
 from jode.window import Params, Window
-import itertools
 
 REVERSIBLE = [jode.Reversible(jode.midpoint), jode.Reversible(jode.rk4), jode.reversible_heun, jode.leapfrog, jode.Momentum(0.9)]
 W = 0.7 * jax.random.normal(jax.random.key(0), (3, 3))

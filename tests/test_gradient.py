@@ -1,5 +1,6 @@
 """Exact gradients: equal to autodiff through a hand-written loop on the same grid, and to finite differences."""
 
+import itertools
 from functools import cache
 
 import jax
@@ -9,7 +10,6 @@ import pytest
 
 import jode
 from jode.adjoint.backprop import recomputed
-import itertools
 
 Y0, ARGS = jnp.array([1.0, 1.2]), {"a": jnp.array([1.5, 1.0, 3.0, 1.0]), "n": 2, "who": "hare"}
 ADJOINTS = [jode.Backprop(), jode.Backprop(None), jode.Backprop(5)]
