@@ -144,8 +144,8 @@ def chapter(march: March, problem: Problem, kept: Kept, by: Record, tables: Reco
     found, at = c.observed[0], c.control
     accepted = jnp.where(last | (next_.h != 0), kept.grid.accepted, at.accepted)
     # Rounded otherwise, the last steps land where the next chapter starts.
-    land = lambda times: jnp.where(times == at.t[None], next_.t[None], times)
-    times = jax.lax.cond(last, lambda times: times, land, found.times)
+    land = lambda _, times: (jnp.where(times == at.t[None], next_.t[None], times), None)
+    times, _ = march.runner.repeat(jnp.where(last, 0, 1), land, found.times)  # a loop of none or one: `cond` would copy the table
     grid = Grid(found.slots, times, control.t, accepted, kept.grid.arrived, kept.grid.loops)
     return Kept(grid, c.s, found.states, kept.chapters, s), jnp.where(last, kept.grid.accepted, at.accepted)
 
