@@ -115,6 +115,13 @@ class Rows:
         """The first n components of each row."""
         return x[:, :n] if self.size is not None and self.axis == 0 else x[:n]
 
+    def replaced_after(self, n: int, x: Array, other: Array) -> Array:
+        """The first n components of each row of x, and the others of `other`."""
+        axis = 1 if self.size is not None and self.axis == 0 else 0
+        if n == x.shape[axis]:
+            return x
+        return jnp.concatenate([self.leading(x, n), jax.lax.slice_in_dim(other, n, None, axis=axis)], axis)
+
     def pick(self, table: Array, j: Array) -> Array:
         """table[j], where each row may ask for its own entry j of the first axis."""
         if self.size is None:

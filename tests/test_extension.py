@@ -183,6 +183,28 @@ def test_the_implicit_method_is_stable_where_explicit_ones_are_not_and_rejects_f
     assert newton.stats.rejected > 0
 
 
+@dataclass(frozen=True)
+class Counted(jode.Observer):
+    def init(self, t, y, args):
+        return jnp.zeros(())
+
+    def step(self, kept, t, y, args):
+        return kept + 1
+
+
+@pytest.mark.parametrize(
+    "method", [jode.rk4, jode.Reversible(jode.bosh3), jode.leapfrog, jode.reversible_heun, jode.Momentum(0.5)], ids=str
+)
+def test_an_observer_sees_every_step_once(method):
+    """Also with methods that carry, and mix, several copies of the state."""
+    rows = jnp.stack([Y0, -0.5 * Y0])
+    solvers = [jode.Fixed(method, 7), *([jode.Adaptive(method, 1e-3, 1e-3)] if method.embedded_order else [])]
+    for solver in solvers:
+        run = lambda y, solver=solver: jode.solve(oscillator, y, TS, A, solver=solver, observe=Counted())
+        for sol in (run(Y0), jax.vmap(run)(rows)):
+            np.testing.assert_array_equal(sol.observed, sol.stats.accepted)
+
+
 def test_an_observer_changes_nothing_and_sees_every_step():
     for solver in (jode.Fixed(jode.rk4, 12), jode.Adaptive(jode.tsit5, 1e-6, 1e-6), jode.Adaptive(jode.leapfrog, 1e-4, 1e-4)):
         plain = jode.solve(oscillator, Y0, TS, A, solver=solver)

@@ -67,8 +67,11 @@ class Observed(Method):
         return self.method.start(y, slope)
 
     def step(self, window: Window, s: State, slope: Any = ()) -> Step:
-        step, m = self.method.step(window, s, slope), len(self.measured)
-        return step._replace(state=(*window.after(step.state[:m]), *step.state[m:]))
+        step, rows = self.method.step(window, s, slope), window.rows
+        # Methods that mix copies of the state would mix what is kept too: it goes on from the start of the step.
+        ends = zip(step.state, s, self.measured, strict=False)
+        y1 = tuple(rows.replaced_after(n, x, before) for x, before, n in ends)
+        return step._replace(state=(*window.after(y1), *step.state[len(y1) :]))
 
     def inverse(self, window: Window, s1: State) -> State:
         raise NotImplementedError(
