@@ -1,6 +1,6 @@
 """A march as JAX primitives: one native loop under `vmap`, and derivatives in both modes from one rule.
 
-Three primitives stand for a march, its tangent (linear, forwards) and its cotangent (linear, backwards). Each has forms: a
+Primitives stand for a march, its tangent (linear, forwards) and its cotangent (linear, backwards). Each has forms: a
 function of the operands for one trajectory, and under `jax.vmap` the same written for a batch, told which operands differ from
 row to row, so that what is shared (the weights of a network) stays shared, in the loop and in its cotangent. Nested `vmap`s
 fold into one batch. An axis that only tangents or cotangents have is a direction: the rest of the work is done once for all of
@@ -323,7 +323,7 @@ def _batch(kind: str, axis: Any, operands: tuple, dims: tuple, *, march: _March,
     if not any(outer) or plain or own:
         linear = [_moved(x, d, 0, size) for x, d in zip(linear, linear_dims, strict=True)]
         out = bind(*held, *linear, rows=rows, **{**params, "over": (*over, tuple(held_dims))})
-        first = len(out) - {"joint": len(march.values), "tangent": len(out), "pull": len(out)}[kind]
+        first = len(out) - _linear(march, kind, out)
         place = 0 if any(outer) else None
         return out, [place] * first + [0] * (len(out) - first)
     return _batch_rows(bind, march, kind, rows, size, (held, held_dims), (linear, linear_dims), params)
@@ -364,8 +364,13 @@ def _batch_rows(
 
 def _row_axes(march: _March, kind: str, out: Sequence, depth: int) -> list[int]:
     """Where the row axis of each output is: behind the directions in what is linear, first elsewhere."""
-    linear = {"joint": len(march.values), "tangent": len(out), "pull": len(out)}.get(kind, 0)
+    linear = _linear(march, kind, out)
     return [0] * (len(out) - linear) + [depth] * linear
+
+
+def _linear(march: _March, kind: str, out: Sequence) -> int:
+    """How many outputs, the last ones, are tangents or cotangents."""
+    return {"joint": len(march.values), "tangent": len(out), "pull": len(out)}.get(kind, 0)
 
 
 def _moved(x: Array, axis: int | None, place: int, size: int) -> Array:

@@ -211,13 +211,10 @@ def zeros_like(a: Any) -> Any:
     return jax.tree.map(jnp.zeros_like, a)
 
 
-def entry(x: Array, i: Any) -> Array:
-    """x[i] of the first axis, where i is within it; known places cost nothing."""
-    return x[i] if isinstance(i, (int, np.integer)) else jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
-
-
 def take(a: Any, i: Any) -> Any:
-    """Entry i of the first axis of every leaf."""
+    """Entry i of the first axis of every leaf; a known place costs nothing."""
+    if isinstance(i, (int, np.integer)):
+        return jax.tree.map(lambda x: x[i], a)
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), a)
 
 

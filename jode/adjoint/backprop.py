@@ -90,7 +90,7 @@ def _slots(plan: Plan, rows: int) -> int:
 
 def _recompute(march: March, problem: Problem, kept: Kept, keep: int) -> tuple[Any, Callable]:
     """Recover the state at the start of step i by marching on from the last of at most `keep` checkpoints before it."""
-    grid, first = kept.grid, kept.first or march.initial(problem)[0]
+    grid, first = kept.grid, kept.first or march.initial(problem)
     states = put(stack_zeros(keep, first), 0, first)
     store = (jnp.zeros((), jnp.int32), jnp.zeros(keep, jnp.int32), states)
 

@@ -15,7 +15,7 @@ from jax import Array
 from jode.control.base import Grid, Solver, Status, as_known, concrete
 from jode.method import Method, Step
 from jode.runner import Compiled, Runner
-from jode.tree import State, depth_of, entry
+from jode.tree import State, depth_of, take
 from jode.window import Problem, Window
 
 _static: Any = partial(field, metadata={"static": True})
@@ -60,9 +60,9 @@ class Equal(Solver):
         bound = self.bound(march, problem)
 
         def interval(j: Array, c: Any) -> tuple[Any, Any]:
-            a, b = entry(problem.ts, j), entry(problem.ts, j + 1)
+            a, b = take(problem.ts, j), take(problem.ts, j + 1)
             c, _ = march.runner.repeat(bound, lambda k, c: (loop.attempt((a, b, k, j * bound + k), c), None), c)
-            return c, loop.saved(c)
+            return c, march.saved_as(c.s)
 
         return march.runner.repeat(march.plan.saves - 1, interval, c)
 

@@ -15,9 +15,9 @@ from jode.control import Grid
 from jode.march.forwards import Loop, March
 from jode.march.values import Carry, Cotangents, Kept, Problem, inner
 from jode.observe import Record, Recorded, Seen
-from jode.observe.saves import Bars, at_start
-from jode.tree import State, add, entry, take, where, zeros_like
-from jode.window import Params, at_fraction, at_nodes
+from jode.observe.saves import Bars, at_start, beside
+from jode.tree import State, add, take, where, zeros_like
+from jode.window import Params
 
 
 def failed_at_start(march: March, grid: Grid, good: Array, failed: Array) -> Array:
@@ -31,7 +31,7 @@ def pull(
     """Cotangents before step i from those after it, s being the state at its start; rows that failed take that of the march."""
     solver, ts = march.solver, problem.ts
     (p, q), span = solver.ends(march, problem, grid, i, c.left)
-    (t, h), span_back = jax.vjp(span, entry(ts, p), entry(ts, q))
+    (t, h), span_back = jax.vjp(span, take(ts, p), take(ts, q))
     window = march.window(problem, t, h, i if solver.lands else None)
     sbar, left, next_, slopes_bar = c.s, c.left, c.next, None
     if solver.lands:
@@ -86,18 +86,14 @@ def at_initial(march: March, problem: Problem, g: State, c: Cotangents) -> Cotan
     if march.solver.lands or not g:
         ybar = tuple(x[0] for x in g)
     else:
-        same = at_start(ts)
-        beside = (lambda x: same) if same.ndim > 1 else (lambda x: same.reshape(-1, *[1] * (x.ndim - 1)))
-        there = tuple(jnp.where(beside(x), x, 0).astype(x.dtype) for x in g)
-        slope = march.F(rows.spread(ts[0]), problem.y0, params)
+        there = tuple(jnp.where(beside(at_start(ts), x), x, 0).astype(x.dtype) for x in g)
+        slope = march.slope(problem)
         moved = jax.vmap(lambda x: rows.total(inner(rows, slope, x).astype(ts.dtype), ts[0]))(tuple(x[1:] for x in there))
         c = c._replace(ts=c.ts.at[1:].add(moved).at[0].add(-jnp.sum(moved, axis=0)))
         ybar = tuple(jnp.sum(x[:-1], axis=0) for x in there)
 
     def begin(t0: Array, y0: State, shared: list, layers: list) -> State:
-        given = params._replace(shared=shared, layers=layers)
-        F = lambda: march.F(rows.spread(t0), y0, at_fraction(at_nodes(given, jnp.zeros((), jnp.int32), march.plan.degree), 0.0))
-        return march.method.start(y0, F)
+        return march.initial(Problem(ts.at[0].set(t0), y0, params._replace(shared=shared, layers=layers), problem.numbers))
 
     _, back = jax.vjp(begin, ts[0], problem.y0, params.shared, params.layers)
     tbar, sbar, shared, layers = back(c.s)
@@ -159,7 +155,7 @@ def reverse(
     by: the `Record` of a grid recorded by chapters, else None. Returns the cotangents of the problem and the last state recovered,
     that at the start.
     """
-    start = march.initial(problem)[0]
+    start = march.initial(problem)
 
     def back(kept: Kept, c: Cotangents) -> tuple[State, Cotangents]:
         grid, (store, recover), n = kept.grid, recovery(kept), march.slots(problem, kept.grid)

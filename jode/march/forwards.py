@@ -19,7 +19,7 @@ from jode.observe import Interpolated, Record, Recorded, Seen, Watch
 from jode.observe.record import chapter_start
 from jode.rows import Rows
 from jode.runner import Runner
-from jode.tree import State, entry, nan_unless, stack_zeros, take, where
+from jode.tree import State, nan_unless, stack_zeros, take, where
 from jode.tuning import FEW_LEFT, GROUP, grouped, rolled, stops_at_saves
 from jode.turns import in_groups
 from jode.window import Window, at_fraction, at_nodes
@@ -88,9 +88,6 @@ class Loop:
 
         return march.runner.until(lambda c: ~running(c.control), serve, c)
 
-    def saved(self, c: Carry) -> tuple[State, Array]:
-        return self.march.saved_as(c.s)
-
 
 @dataclass(frozen=True, eq=False)
 class March:
@@ -128,20 +125,21 @@ class March:
         params = at_nodes(problem.params, i, self.plan.degree) if i is not None else problem.params
         return Window(self.F, self.rows, t, h, params, kept=self.kept)
 
-    def initial(self, problem: Problem) -> tuple[State, State | None]:
-        """The method's own state at the initial time, and the slope there where the control asks for it."""
-        t0 = self.rows.spread(problem.ts[0])
+    def slope(self, problem: Problem) -> State:
+        """The slope at the initial time."""
         params = at_fraction(at_nodes(problem.params, jnp.zeros((), jnp.int32), self.plan.degree), 0.0)
-        if not self.solver.estimates:
-            return self.method.start(problem.y0, lambda: self.F(t0, problem.y0, params)), None
-        slope = self.F(t0, problem.y0, params)
-        return self.method.start(problem.y0, lambda: slope), slope
+        return self.F(self.rows.spread(problem.ts[0]), problem.y0, params)
+
+    def initial(self, problem: Problem) -> State:
+        """The method's own state at the initial time; f is evaluated only if the method asks for the slope."""
+        return self.method.start(problem.y0, lambda: self.slope(problem))
 
     # --- forwards
 
     def march(self, problem: Problem, watches: Sequence[Watch]) -> tuple[Carry, Any, State | None]:
         """The last carry of the loop, what was saved between intervals, and the slope at the start."""
-        s, slope = self.initial(problem)
+        slope = self.slope(problem) if self.solver.estimates else None
+        s = self.initial(problem) if slope is None else self.method.start(problem.y0, lambda: slope)
         control = self.solver.init(self, problem, s, slope)
         c = Carry(s, self.method.reused(slope) if slope is not None else (), control, (), ())
         c = c._replace(observed=tuple(w.init(self, problem, c) for w in watches))
@@ -238,7 +236,7 @@ class March:
 
     def _window(self, problem: Problem, grid: Grid, i: Array) -> Window:
         (p, q), span = self.solver.ends(self, problem, grid, i)
-        t, h = span(entry(problem.ts, p), entry(problem.ts, q))
+        t, h = span(take(problem.ts, p), take(problem.ts, q))
         return self.window(problem, t, h, i if self.solver.lands else None)
 
     def still(self, problem: Problem, window: Window, s: State, moved: State) -> State:

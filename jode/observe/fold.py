@@ -1,4 +1,4 @@
-"""What a user keeps of every step: a fold over the steps taken, marched beside the state, so that every adjoint differentiates
+"""What a user keeps of every step: a fold over the steps taken, marched beside the state: adjoints that store states differentiate
 it.
 """
 

@@ -44,7 +44,7 @@ class Interpolated(Watch):
     def init(self, march: Any, problem: Problem, c: Any) -> Saves:
         ts, y0, rows = problem.ts, problem.y0, march.rows
         same = at_start(ts)[1:-1]
-        ys = tuple(jnp.where(_beside(same, x), x[None], jnp.zeros_like(x)[None]) for x in y0)
+        ys = tuple(jnp.where(beside(same, x[None]), x[None], jnp.zeros_like(x)[None]) for x in y0)
         zero = rows.spread(jnp.zeros((), jnp.int32))
         return Saves(1 + rows.spread(jnp.sum(same, axis=0)).astype(jnp.int32), zero, ys)
 
@@ -96,7 +96,7 @@ class Interpolated(Watch):
         """The states at interior save times, NaN at those that the march did not come to."""
         count = carry.ys[0].shape[0] if carry.ys else 0
         come = jax.vmap(lambda i: i < carry.next)(jnp.arange(1, count + 1, dtype=jnp.int32))
-        return tuple(nan_unless(come.reshape(-1, *[1] * (y.ndim - 1)) if come.ndim == 1 else come, y) for y in carry.ys)
+        return tuple(nan_unless(beside(come, y), y) for y in carry.ys)
 
     def pull(self, march: Any, problem: Problem, j: Array, seen: Seen, K: State, g: State, bars: Bars) -> tuple[Array, Bars]:
         """The transpose: cotangents g of the states saved within a step, given its slopes K, stacked; j is the last save not
@@ -104,10 +104,9 @@ class Interpolated(Watch):
         """
         method, rows, ts = march.method, march.rows, problem.ts
         a, h, s = seen.window.t, seen.window.h, seen.s
-        sign = jnp.where(rows.spread(ts[-1]) >= rows.spread(ts[0]), 1, -1).astype(a.dtype)
 
         def pending(j: Array) -> Array:
-            return (j > 0) & (sign * (rows.pick(ts, jnp.maximum(j, 0)) - a) > 0)
+            return (j > 0) & (direction(ts) * (rows.pick(ts, jnp.maximum(j, 0)) - a) > 0)
 
         def dense_state(t: Array, a: Array, h: Array, s: State, K: State) -> State:
             theta = (t - a) / jnp.where(h == 0, 1, h)
@@ -133,5 +132,6 @@ def at_start(ts: Array) -> Array:
     return ts == ts[:1]
 
 
-def _beside(same: Array, x: Array) -> Array:
-    return same if same.ndim > 1 else same.reshape(-1, *[1] * x.ndim)
+def beside(flags: Array, table: Array) -> Array:
+    """Flags by save time, of all rows or of each, shaped to broadcast against states by save time."""
+    return flags if flags.ndim > 1 else flags.reshape(-1, *[1] * (table.ndim - 1))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jode.tuning import WRITTEN_OUT as FEW
+from jode.tuning import WRITTEN_OUT
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Exact:
         dx, product = jax.linearize(lambda x: f(t, x, args), x)
         basis = jnp.eye(x.size, dtype=x.dtype)
         column = lambda e: product(e.reshape(x.shape)).reshape(-1)
-        if x.size <= FEW:  # one by one: over many rows products side by side leave the cache
+        if x.size <= WRITTEN_OUT:  # one by one: over many rows products side by side leave the cache
             return dx, reduce(jnp.add, [column(e)[i] for i, e in enumerate(basis)])[None]
         return dx, jnp.trace(jax.vmap(column)(basis))[None]
 
