@@ -94,6 +94,14 @@ def test_forward_mode_is_exact_whatever_the_adjoint(mode, adjoint):
     np.testing.assert_allclose(found, jax.jacrev(exact)(0.7), rtol=1e-12)
 
 
+@pytest.mark.parametrize("adjoint", ADJOINTS[:4], ids=lambda a: type(a).__name__)
+def test_reverse_mode_of_a_forward_derivative_names_the_remedy(adjoint):
+    solve = lambda a: jnp.sum(jode.odeint(decay, jnp.ones(2), TS, a, solver=SOLVERS["adaptive"], adjoint=adjoint))
+    for second in (jax.jacrev(jax.jacfwd(solve)), jax.jit(jax.grad(lambda a: jax.jvp(solve, (a,), (1.0,))[1]))):
+        with pytest.raises(TypeError, match=r"reverse over forward .* jax.jvp of jax.grad"):
+            second(0.7)
+
+
 # A state at rest says nothing about the scale of time.
 
 REST = {

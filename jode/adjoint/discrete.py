@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from jode.adjoint.rule import Adjoint, contained, only_forward_over_reverse
+from jode.adjoint.rule import Adjoint, contained, only_forward_over
 from jode.control import Status
 from jode.march import Cotangents, Kept, March, Outcome, Plan, Problem, failed_at_start, kept_from_layout, kept_to_layout, reverse
 from jode.observe import Record
@@ -72,4 +72,4 @@ class Discrete(Adjoint):
             return c, (unrecoverable | self.drifted(march, problem, first, ys)) & ~at_start
 
         bars = contained(march, problem, good, at_start, ybar, pull)
-        return bars if self.straight(march.plan, rows.size or 1) else only_forward_over_reverse(bars)
+        return bars if self.straight(march.plan, rows.size or 1) else only_forward_over("reverse", bars)

@@ -60,6 +60,8 @@ class Adjoint:
 
             def form(moving: tuple, still: tuple) -> tuple:
                 outcome = from_layout(march, march.run(to_layout(march, problem_of(moving, still))))
+                if plan.steps is None:  # a first gradient does not transpose this form
+                    outcome = outcome._replace(ys=only_forward_over("forward", outcome.ys))
                 return _parts(self.counted(plan, _rows(batch), outcome))
 
             return form
@@ -153,10 +155,10 @@ def drift(march: March, found: State, true: State, ys: State) -> Array:
     return jnp.sqrt(gap / jnp.maximum(size, jnp.finfo(gap.dtype).tiny))
 
 
-def only_forward_over_reverse(bars: Any) -> Any:
-    """The cotangents as they are; differentiating them in reverse is refused in words."""
+def only_forward_over(mode: str, derivative: Any) -> Any:
+    """A derivative in a mode as it is; differentiating it in reverse is refused in words."""
     return only_forward(
-        bars,
-        "reverse over reverse through this solve is not supported: its steps are data. Take second derivatives forward over "
+        derivative,
+        f"reverse over {mode} through this solve is not supported: its steps are data. Take second derivatives forward over "
         "reverse (jax.hessian, or jax.jvp of jax.grad), or use Fixed with a Python int",
     )
