@@ -17,7 +17,7 @@ class Runner:
 
     def repeat(self, n: Any, body: Callable[[Any, Any], tuple[Any, Any]], carry: Any) -> tuple[Any, Any]:
         """body(k, carry) -> (carry, out) for k = 0 … n - 1; the last carry, and the outs stacked. Where n is data there are
-        none.
+        none, and n may be 0.
         """
         raise NotImplementedError
 

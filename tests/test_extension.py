@@ -109,7 +109,7 @@ class InPython(jode.Runner):
         for k in range(int(n)):
             carry, out = body(jnp.asarray(k, jnp.int32), carry)
             outs.append(out)
-        return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outs)
+        return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outs) if outs else None
 
     def until(self, done, body, carry):
         while not done(carry):

@@ -140,8 +140,8 @@ def chapter(march: March, problem: Problem, kept: Kept, by: Record, tables: Reco
     found, at = c.observed[0], c.control
     accepted = jnp.where(last | (next_.h != 0), kept.grid.accepted, at.accepted)
     # Rounded otherwise, the last steps land where the next chapter starts.
-    land = lambda _, times: (jnp.where(times == at.t[None], next_.t[None], times), None)
-    times, _ = march.runner.repeat(jnp.where(last, 0, 1), land, found.times)  # a loop of none or one: `cond` would copy the table
+    land = lambda c: (jnp.ones_like(c[0]), jnp.where(c[1] == at.t[None], next_.t[None], c[1]))
+    _, times = march.runner.until(lambda c: c[0], land, (last, found.times))  # none or one turn: `cond` would copy the table
     grid = Grid(found.slots, times, control.t, accepted, kept.grid.arrived, kept.grid.loops)
     return Kept(grid, c.s, found.states, kept.chapters, s), jnp.where(last, kept.grid.accepted, at.accepted)
 
