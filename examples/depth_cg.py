@@ -64,7 +64,7 @@ def conjugate(carry, _):
     gamma = jnp.maximum(inner(jax.tree.map(jnp.subtract, g, before), G) / inner(before, steepest), 0.0)  # Polak & Ribière
     d = jax.tree.map(lambda G, d: gamma * d - G, G, d)
     # The linearised problem δẋ = f_x δx + f_θ d gives the curvature along d, and that the length of the step.
-    _, sensitivity = jax.jvp(lambda w: outputs(w, jode.ForwardMode()), (w,), (d,))
+    _, sensitivity = jax.jvp(lambda w: outputs(w, jode.Backprop()), (w,), (d,))
     beta = -inner(g, d) / N / jnp.mean(sensitivity**2)
     return (along(w, d, beta), d, g, G), (value, depth.roughness(w), w)
 

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jode.adjoint import Adjoint, Backprop, Backsolve, ForwardMode, MemoryFree
+from jode.adjoint import Adjoint, Backprop, Backsolve, MemoryFree
 from jode.control import Adaptive, Fixed, Layers, Stats, Status
 from jode.depth import resnet
 from jode.ivp import Solution, SolveError, check, odeint, solve
@@ -51,7 +51,6 @@ __all__ = [
     "Compiled",
     "Eager",
     "Fixed",
-    "ForwardMode",
     "Layers",
     "MemoryFree",
     "Method",

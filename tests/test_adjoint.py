@@ -199,7 +199,7 @@ def truth():
 @pytest.mark.parametrize("adjoint", [jode.MemoryFree(), jode.Backsolve()], ids=str)
 @pytest.mark.parametrize("solver", SOLVERS, ids=["fixed", "traced", "adaptive"])
 def test_adjoints_under_the_transformations_of_jax(solver, adjoint):
-    """jit, grad of vmap, vmap of grad, forward over reverse; reverse over reverse works or is refused in words."""
+    """jit, grad of vmap, vmap of grad, forward over reverse and reverse over reverse."""
     loss = lambda w, y, a: jnp.sum(jode.odeint(field, y, (0.0, 1.0), w, solver=solver, adjoint=a)[-1] ** 2)
     ys = jnp.stack([Y0, 2 * Y0])
     total = lambda w, a: jnp.sum(jax.vmap(lambda y: loss(w, y, a))(ys))
@@ -210,35 +210,22 @@ def test_adjoints_under_the_transformations_of_jax(solver, adjoint):
     v = jnp.ones_like(W)
     hvp = jax.jit(lambda w: jax.jvp(jax.grad(lambda w: loss(w, Y0, adjoint)), (w,), (v,))[1])(W)
     np.testing.assert_allclose(hvp, true_hvp, rtol=1e-5, atol=1e-6)
-    twice = lambda: jax.jit(jax.grad(lambda w: jnp.sum(jax.grad(lambda w: loss(w, Y0, adjoint))(w) * v)))(W)
-    if isinstance(adjoint, jode.MemoryFree) and isinstance(solver.steps if isinstance(solver, jode.Fixed) else None, int):
-        np.testing.assert_allclose(twice(), true_hvp, rtol=1e-5, atol=1e-6)
-    else:
-        with pytest.raises(TypeError, match="reverse over reverse"):
-            twice()
+    twice = jax.jit(jax.grad(lambda w: jnp.sum(jax.grad(lambda w: loss(w, Y0, adjoint))(w) * v)))(W)
+    np.testing.assert_allclose(twice, true_hvp, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=["fixed", "traced", "adaptive"])
 def test_forward_mode_agrees_with_backprop(solver):
-    """jvp is the transpose of vjp to rounding, for y0, args and times; reverse is refused in words."""
+    """jvp is the transpose of vjp to rounding, for y0, args and times."""
     x = (Y0, W, TS)
     v = jax.tree.map(lambda a: jnp.cos(jnp.arange(float(a.size))).reshape(a.shape), x)
-    loss = lambda a: lambda y0, w, ts: jnp.sum(jnp.sin(jode.odeint(field, y0, ts, w, solver=solver, adjoint=a)))
-    _, along = jax.jit(lambda x: jax.jvp(loss(jode.ForwardMode()), x, v))(x)
-    grads = jax.jit(jax.grad(loss(jode.Backprop()), (0, 1, 2)))(*x)
+    loss = lambda y0, w, ts: jnp.sum(jnp.sin(jode.odeint(field, y0, ts, w, solver=solver)))
+    _, along = jax.jit(lambda x: jax.jvp(loss, x, v))(x)
+    grads = jax.jit(jax.grad(loss, (0, 1, 2)))(*x)
     dot = sum(jnp.sum(a * b) for a, b in zip(grads, v, strict=True))
     np.testing.assert_allclose(along, dot, rtol=1e-12)
-    jac = jax.jit(jax.jacfwd(loss(jode.ForwardMode()), 1))(*x)
+    jac = jax.jit(jax.jacfwd(loss, 1))(*x)
     np.testing.assert_allclose(jac, grads[1], rtol=1e-11, atol=1e-12)
-    with pytest.raises(TypeError, match="ForwardMode has no reverse mode"):
-        jax.grad(loss(jode.ForwardMode()))(*x)
-
-
-@pytest.mark.sweep
-def test_second_derivatives_forward_over_forward():
-    loss = lambda a: lambda y0: jnp.sum(jode.odeint(field, y0, (0.0, 1.0), W, solver=SOLVERS[2], adjoint=a)[-1] ** 2)
-    forward = jax.jit(jax.jacfwd(jax.jacfwd(loss(jode.ForwardMode()))))(Y0)
-    np.testing.assert_allclose(forward, jax.jit(jax.hessian(loss(jode.Backprop())))(Y0), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("adjoint", SMOOTH, ids=str)

@@ -2,8 +2,7 @@
 
 from jode.adjoint.backprop import Backprop
 from jode.adjoint.backsolve import Backsolve
-from jode.adjoint.forward import ForwardMode
 from jode.adjoint.memoryfree import MemoryFree
 from jode.adjoint.rule import Adjoint
 
-__all__ = ["Adjoint", "Backprop", "Backsolve", "ForwardMode", "MemoryFree"]
+__all__ = ["Adjoint", "Backprop", "Backsolve", "MemoryFree"]

@@ -30,8 +30,8 @@ class Backprop(Discrete):
     takes less than 64 MiB for the whole batch, and otherwise as many as fit there (16 to 1,000). The stages of each step are
     recomputed and differentiated, so a gradient costs some three to four times the solve.
 
-    Second derivatives: forward over reverse (`jax.hessian`, `jax.jvp` of `jax.grad`) always; reverse over reverse where
-    every state of a grid of static length is stored.
+    All derivatives of all orders are exact in this sense, in every nesting of modes; each order but the first takes the march
+    again, on the way of its checkpoints.
     """
 
     checkpoints: int | str | None = AUTO
@@ -47,9 +47,6 @@ class Backprop(Discrete):
             return Record(keep, plan.most) if keep else None
         slots = _slots(plan, rows)
         return Record(keep, slots, 0 if slots == plan.most else -(-plan.most // slots))
-
-    def straight(self, plan: Plan, rows: int) -> bool:
-        return plan.steps is not None and self.storage(plan, rows) is None
 
     def again(self, plan: Plan, rows: int, steps: Array) -> Array:
         checkpoints = None if self.checkpoints is None else self.storage(plan, rows)

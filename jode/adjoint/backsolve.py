@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jode.adjoint.rule import Adjoint, contained, drift, only_forward_over
+from jode.adjoint.rule import Adjoint, contained, drift
 from jode.control import Solver, Status
 from jode.march import Cotangents, March, Outcome, Problem, inner
 from jode.method import RungeKutta
@@ -67,7 +67,7 @@ class Backsolve(Adjoint):
         failed = rows.column(outcome.status) != int(Status.success)
         ys = tuple(rows.to_layout(x, True, 1) for x in outcome.ys)
         back = partial(_solve_back, self, march, good, ys)
-        return only_forward_over("reverse", contained(march, problem, good, failed & ~good[1], ybar, back))
+        return contained(march, problem, good, failed & ~good[1], ybar, back)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from jode.adjoint.rule import Adjoint, contained, only_forward_over
+from jode.adjoint.rule import Adjoint, contained
 from jode.control import Status
 from jode.march import Cotangents, Kept, March, Outcome, Plan, Problem, failed_at_start, kept_from_layout, kept_to_layout, reverse
 from jode.observe import Record
@@ -34,10 +34,6 @@ class Discrete(Adjoint):
     ) -> tuple[Any, Callable[[Array, Any], tuple[State, Any]]]:
         """A store, and recover(i, store) -> (the state that step i starts from, store), asked for the last step first."""
         raise NotImplementedError
-
-    def straight(self, plan: Plan, rows: int) -> bool:
-        """Whether the way back is made of loops of static length, which JAX can differentiate in reverse."""
-        return plan.steps is not None
 
     def drifted(self, march: March, problem: Problem, first: State, ys: State) -> Array | bool:
         """Rows whose recovered initial state is not the one that the march started from."""
@@ -71,5 +67,4 @@ class Discrete(Adjoint):
             c = c._replace(s=where(at_start, tuple(x[0] for x in g), c.s))
             return c, (unrecoverable | self.drifted(march, problem, first, ys)) & ~at_start
 
-        bars = contained(march, problem, good, at_start, ybar, pull)
-        return bars if self.straight(march.plan, rows.size or 1) else only_forward_over("reverse", bars)
+        return contained(march, problem, good, at_start, ybar, pull)

@@ -22,7 +22,7 @@ from jode.march import (
     replace_failed,
     to_layout,
 )
-from jode.native import Batch, Rule, native, only_forward
+from jode.native import Batch, Rule, native
 from jode.tree import State, magnitude, nan_unless, widest
 
 
@@ -60,8 +60,6 @@ class Adjoint:
 
             def form(moving: tuple, still: tuple) -> tuple:
                 outcome = from_layout(march, march.run(to_layout(march, problem_of(moving, still))))
-                if plan.steps is None:  # a first gradient does not transpose this form
-                    outcome = outcome._replace(ys=only_forward_over("forward", outcome.ys))
                 return _parts(self.counted(plan, _rows(batch), outcome))
 
             return form
@@ -153,12 +151,3 @@ def drift(march: March, found: State, true: State, ys: State) -> Array:
         squares = jnp.stack([rows.sum(magnitude(jnp.where(jnp.isfinite(z), z, 0)) ** 2) for z in (saved[0], saved[-1])])
         size = jnp.maximum(size, jnp.max(squares, axis=0).astype(gap.dtype))
     return jnp.sqrt(gap / jnp.maximum(size, jnp.finfo(gap.dtype).tiny))
-
-
-def only_forward_over(mode: str, derivative: Any) -> Any:
-    """A derivative in a mode as it is; differentiating it in reverse is refused in words."""
-    return only_forward(
-        derivative,
-        f"reverse over {mode} through this solve is not supported: its steps are data. Take second derivatives forward over "
-        "reverse (jax.hessian, or jax.jvp of jax.grad), or use Fixed with a Python int",
-    )

@@ -1,0 +1,154 @@
+"""Every derivative, in any nesting: equal to autodiff of a loop by hand over the same grid, through every input."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import jode
+
+A = jnp.array([0.9, 1.1, 0.4])
+SHIFT = jnp.array([0.3, -0.2])  # closed over, with derivatives
+X = {"y0": jnp.array([0.8, -0.5]), "a": A, "ts": jnp.array([0.1, 0.5, 1.0]), "shift": SHIFT}
+FLAT, UNFLATTEN = ravel_pytree(X)
+WEIGHTS = jnp.array([[0.3, -1.0], [1.0, 0.7], [-0.6, 1.3]])
+
+
+def field(t, y, a):
+    return jnp.stack([a[0] * y[1] + jnp.cos(a[2] * t), -a[1] * jnp.sin(y[0])])
+
+
+def loss_of(solver, adjoint=jode.Backprop()):
+    def loss(x):
+        x = UNFLATTEN(x)
+        f = lambda t, y, a: field(t, y + x["shift"], a)
+        return jnp.sum(WEIGHTS * jnp.sin(jode.odeint(f, x["y0"], x["ts"], x["a"], solver=solver, adjoint=adjoint)))
+
+    return loss
+
+
+def by_hand(solver):
+    """The same loss by Python loops: equal steps between save times, or the accepted grid with save times interpolated."""
+    tableau = solver.method.tableau
+    accepted = accepted_times(solver) if isinstance(solver, jode.Adaptive) else []
+
+    def step(f, t, h, y, a):
+        ks = []
+        for c, row in zip(tableau.c, tableau.a, strict=True):
+            ks.append(f(t + c * h, y + h * sum((w * k for w, k in zip(row, ks, strict=False)), jnp.zeros(2)), a))
+        return y + h * sum(b * k for b, k in zip(tableau.b, ks, strict=True)), ks
+
+    def equal(x):
+        x = UNFLATTEN(x)
+        f = lambda t, y, a: field(t, y + x["shift"], a)
+        ys, n = [x["y0"]], int(solver.steps)
+        for j in range(2):
+            y, h = ys[-1], (x["ts"][j + 1] - x["ts"][j]) / n
+            for k in range(n):
+                y, _ = step(f, x["ts"][j] + k * h, h, y, x["a"])
+            ys.append(y)
+        return jnp.sum(WEIGHTS * jnp.sin(jnp.stack(ys)))
+
+    def found(x):
+        x = UNFLATTEN(x)
+        f = lambda t, y, a: field(t, y + x["shift"], a)
+        y, times, middle = x["y0"], [x["ts"][0], *accepted[1:-1], x["ts"][-1]], None
+        ends = np.array(accepted)
+        for t0, t1, holds in zip(times[:-1], times[1:], (ends[:-1] <= 0.5) & (0.5 < ends[1:]), strict=True):
+            start, h = y, t1 - t0
+            y, ks = step(f, t0, h, start, x["a"])
+            if holds:
+                theta = (x["ts"][1] - t0) / h
+                weights = solver.method.dense_weights(theta)
+                middle = start + h * sum(w * k for w, k in zip(weights, [*ks, f(t1, y, x["a"])], strict=True))
+        return jnp.sum(WEIGHTS * jnp.sin(jnp.stack([x["y0"], middle, y])))
+
+    return found if isinstance(solver, jode.Adaptive) else equal
+
+
+@cache
+def accepted_times(solver):
+    """The times at which accepted steps end, of a solve that rejects none, read off the calls of f."""
+    times = []
+
+    def spied(t, y, a):
+        jax.debug.callback(lambda t: times.append(float(t)), t, ordered=True)
+        return field(t, y + SHIFT, a)
+
+    sol = jode.solve(spied, X["y0"], (X["ts"][0], X["ts"][-1]), A, solver=solver)
+    jax.effects_barrier()
+    assert sol.stats.rejected == 0
+    stages = solver.method.tableau.stages
+    return [float(X["ts"][0]), *times[2:][stages - 1 :: stages]]
+
+
+def by_columns(product):
+    """A Hessian from products of it with vectors."""
+    return lambda f: lambda x: jax.vmap(lambda v: product(f, x, v))(jnp.eye(x.size))
+
+
+def transposed(f, x, v):
+    _, product = jax.linearize(jax.grad(f), x)
+    return jax.linear_transpose(product, x)(v)[0]
+
+
+SECOND = {
+    "jacfwd of grad": lambda f: jax.jacfwd(jax.grad(f)),
+    "jacrev of grad": lambda f: jax.jacrev(jax.grad(f)),
+    "jacfwd of jacfwd": lambda f: jax.jacfwd(jax.jacfwd(f)),
+    "jacrev of jacfwd": lambda f: jax.jacrev(jax.jacfwd(f)),
+    "grad of jvp": by_columns(lambda f, x, v: jax.grad(lambda x: jax.jvp(f, (x,), (v,))[1])(x)),
+    "jvp of grad": by_columns(lambda f, x, v: jax.jvp(jax.grad(f), (x,), (v,))[1]),
+    "grad of grad": by_columns(lambda f, x, v: jax.grad(lambda x: jnp.vdot(jax.grad(f)(x), v))(x)),
+    "transpose of linearize": by_columns(transposed),
+    "under checkpoint": lambda f: jax.jacrev(jax.grad(jax.checkpoint(f))),
+    "jit inside": lambda f: jax.jacrev(jax.jit(jax.grad(jax.jit(f)))),
+}
+THIRD = {
+    "reverse thrice": lambda f: jax.jacrev(jax.jacrev(jax.grad(f))),
+    "forward of reverse of reverse": lambda f: jax.jacfwd(jax.jacrev(jax.grad(f))),
+    "reverse of forward of reverse": lambda f: jax.jacrev(jax.jacfwd(jax.grad(f))),
+    "reverse of reverse of forward": lambda f: jax.jacrev(jax.jacrev(jax.jacfwd(f))),
+}
+SOLVERS = {
+    "fixed": jode.Fixed(jode.heun, 3),
+    "traced": jode.Fixed(jode.heun, jnp.asarray(3), max_steps=4),
+    "adaptive": jode.Adaptive(jode.bosh3, 1e-3, 1e-3, max_steps=32),
+}
+EXACT = [jode.Backprop(), jode.Backprop(None), jode.Backprop(2)]
+HANDS = {"fixed": "fixed", "traced": "fixed", "adaptive": "adaptive"}
+
+
+@cache
+def truth(name, order):
+    loss = by_hand(SOLVERS[name])
+    for _ in range(order):
+        loss = jax.jacfwd(loss)
+    return jax.jit(loss)(FLAT)
+
+
+def first_and_few(cells):
+    """Cells of the default adjoint where steps are found are tests of every day, the rest a sweep."""
+    daily = lambda solver, adjoint: solver == "adaptive" and adjoint == jode.Backprop()
+    return [pytest.param(n, s, a, id=f"{n}-{s}-{a.checkpoints}", marks=[] if daily(s, a) else [pytest.mark.sweep]) for n, s, a in cells]
+
+
+def close(found, true, tol):
+    np.testing.assert_allclose(found, true, rtol=tol, atol=tol * np.abs(true).max())
+
+
+@pytest.mark.parametrize(("name", "solver", "adjoint"), first_and_few([(n, s, a) for n in SECOND for s in SOLVERS for a in EXACT]))
+def test_second_derivatives_are_those_of_a_loop_by_hand(name, solver, adjoint):
+    found = jax.jit(SECOND[name](loss_of(SOLVERS[solver], adjoint)))(FLAT)
+    close(found, truth(HANDS[solver], 2), 1e-10)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("solver", ["traced", "adaptive"])
+@pytest.mark.parametrize("name", THIRD)
+def test_third_derivatives_are_those_of_a_loop_by_hand(name, solver):
+    found = jax.jit(THIRD[name](loss_of(SOLVERS[solver])))(FLAT)
+    close(found, truth(HANDS[solver], 3), 1e-8)
