@@ -57,7 +57,7 @@ def by_hand(solver):
         f = lambda t, y, a: field(t, y + x["shift"], a)
         y, times, middle = x["y0"], [x["ts"][0], *accepted[1:-1], x["ts"][-1]], None
         ends = np.array(accepted)
-        for t0, t1, holds in zip(times[:-1], times[1:], (ends[:-1] <= 0.5) & (0.5 < ends[1:]), strict=True):
+        for t0, t1, holds in zip(times[:-1], times[1:], (ends[:-1] <= 0.5) & (ends[1:] > 0.5), strict=True):
             start, h = y, t1 - t0
             y, ks = step(f, t0, h, start, x["a"])
             if holds:
@@ -133,7 +133,9 @@ def truth(name, order):
 def first_and_few(cells):
     """Cells of the default adjoint where steps are found are tests of every day, the rest a sweep."""
     daily = lambda solver, adjoint: solver == "adaptive" and adjoint == jode.Backprop()
-    return [pytest.param(n, s, a, id=f"{n}-{s}-{a.checkpoints}", marks=[] if daily(s, a) else [pytest.mark.sweep]) for n, s, a in cells]
+    return [
+        pytest.param(n, s, a, id=f"{n}-{s}-{a.checkpoints}", marks=[] if daily(s, a) else [pytest.mark.sweep]) for n, s, a in cells
+    ]
 
 
 def close(found, true, tol):
@@ -152,3 +154,85 @@ def test_second_derivatives_are_those_of_a_loop_by_hand(name, solver, adjoint):
 def test_third_derivatives_are_those_of_a_loop_by_hand(name, solver):
     found = jax.jit(THIRD[name](loss_of(SOLVERS[solver])))(FLAT)
     close(found, truth(HANDS[solver], 3), 1e-8)
+
+
+@pytest.mark.parametrize("order", ["vmap of hessian", "hessian of vmap", "vmap twice"])
+@pytest.mark.parametrize("mode", ["jacrev of grad", "jacfwd of grad", "jacrev of jacfwd"])
+def test_second_derivatives_of_a_batch(mode, order):
+    """Shared and own parameters and states; rows that take different numbers of steps."""
+    solver, second = jode.Adaptive(jode.heun, 1e-3, 1e-3, max_steps=64), SECOND[mode]
+    y0s = jnp.stack([X["y0"], 3 * X["y0"], X["y0"][::-1]])
+
+    def loss(x, y0):  # x: parameters, then an increment of the state
+        ys = jode.odeint(field, y0 + x[3:], (0.1, 0.6, 1.0), x[:3], solver=solver)
+        return jnp.sum(WEIGHTS * jnp.sin(ys))
+
+    x = jnp.concatenate([A, jnp.zeros(2)])
+    alone = jnp.stack([jax.jit(jax.jacfwd(jax.jacfwd(loss)))(x, y0) for y0 in y0s])
+    if order == "vmap of hessian":
+        close(jax.jit(jax.vmap(lambda y0: second(lambda x: loss(x, y0))(x)))(y0s), alone, 1e-10)
+    elif order == "hessian of vmap":
+        close(jax.jit(second(lambda x: jnp.sum(jax.vmap(loss, (None, 0))(x, y0s))))(x), alone.sum(0), 1e-10)
+    else:
+        total = lambda x, ys: jnp.sum(jax.vmap(loss, (None, 0))(x, ys))
+        pairs = jnp.stack([y0s[:2], y0s[1:]])
+        found = jax.jit(jax.vmap(lambda ys: second(lambda x: total(x, ys))(x)))(pairs)
+        close(found, jnp.stack([alone[:2].sum(0), alone[1:].sum(0)]), 1e-10)
+
+
+INEXACT = [  # adjoint, solver, relative error of second derivatives: rounding, the inverse step's, the tolerance's
+    (jode.MemoryFree(), jode.Fixed(jode.reversible_heun, 8), 1e-9),
+    (jode.MemoryFree(), jode.Adaptive(jode.Reversible(jode.heun), 1e-3, 1e-3), 1e-9),
+    (jode.MemoryFree(), jode.Adaptive(jode.tsit5, 1e-6, 1e-6), 1e-4),
+    (jode.Backsolve(), jode.Adaptive(jode.tsit5, 1e-7, 1e-7), 1e-4),
+]
+
+
+@pytest.mark.parametrize(("adjoint", "solver", "tol"), INEXACT, ids=["reversible heun", "reversible", "tsit5", "backsolve"])
+@pytest.mark.parametrize("mode", ["jacrev of grad", "jacfwd of grad", "jacrev of jacfwd"])
+def test_second_derivatives_of_adjoints_that_recover_states(mode, adjoint, solver, tol):
+    found, exact = (jax.jit(SECOND[mode](loss_of(solver, a)))(FLAT) for a in (adjoint, jode.Backprop()))
+    close(found, exact, tol)
+
+
+@pytest.mark.parametrize("mode", ["jacrev of grad", "jacrev of jacfwd"])
+def test_second_derivatives_of_a_residual_network(mode):
+    w = jnp.reshape(jnp.cos(jnp.arange(8.0)), (4, 2))
+    net = lambda w: jnp.sum(jode.resnet(lambda t, x, w: w * jnp.tanh(x), X["y0"], w.reshape(4, 2), adjoint=jode.Backprop(2)) ** 2)
+
+    def loop(w):
+        x = X["y0"]
+        for n in range(4):
+            x = x + w.reshape(4, 2)[n] * jnp.tanh(x)
+        return jnp.sum(x**2)
+
+    close(jax.jit(SECOND[mode](net))(w.ravel()), jax.hessian(loop)(w.ravel()), 1e-12)
+
+
+@pytest.mark.optimized
+def test_second_derivatives_take_memory_of_the_order_of_first_ones():
+    """4,096 steps from 16 checkpoints: a Hessian-vector product within three times the gradient."""
+    f = lambda t, y, a: jnp.sin(a * jnp.roll(y, 1))
+    solver, adjoint = jode.Fixed(jode.heun, 4096), jode.Backprop(16)
+    loss = lambda a: jnp.sum(jode.odeint(f, jnp.linspace(0.1, 1.0, 256), (0.0, 1.0), a, solver=solver, adjoint=adjoint)[-1] ** 2)
+    products = {
+        "gradient": jax.grad(loss),
+        "jvp of grad": lambda a: jax.jvp(jax.grad(loss), (a,), (a,))[1],
+        "grad of grad": lambda a: jax.grad(lambda x: jnp.vdot(jax.grad(loss)(x), a))(a),
+        "grad of jvp": lambda a: jax.grad(lambda x: jax.jvp(loss, (x,), (a,))[1])(a),
+    }
+    take = {k: jax.jit(g).lower(jnp.ones(256)).compile().memory_analysis().temp_size_in_bytes for k, g in products.items()}
+    assert all(n <= 3 * take["gradient"] for n in take.values()), take
+
+
+@pytest.mark.parametrize("mode", ["jacrev of grad", "jvp of grad", "grad of jvp"])
+def test_no_form_holds_tracers(mode):
+    """Fields that close over tracers, under jit, grad and vmap."""
+
+    def loss(x, shift):
+        f = lambda t, y, a: -a * y + shift
+        return jnp.sum(jode.odeint(f, jnp.ones(2), (0.0, 0.5), x[0], solver=jode.Adaptive(jode.heun, 1e-2, 1e-2)) * x[1])
+
+    with jax.checking_leaks():
+        second = lambda s: SECOND[mode](lambda x: loss(x, s))(jnp.array([0.7, 1.3]))
+        jax.jit(jax.vmap(second))(jnp.ones(2))

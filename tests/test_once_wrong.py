@@ -32,7 +32,7 @@ FEW = [
         ("adaptive", ADJOINTS[0]),
         ("adaptive", ADJOINTS[3]),
         ("reversible", ADJOINTS[2]),
-        ("fixed", ADJOINTS[4]),
+        ("fixed", ADJOINTS[2]),
     ]
 ]
 TS = jnp.linspace(0.0, 1.0, 3)
