@@ -50,7 +50,18 @@ def main(quick=False):
                     row = [name, batch, task, peer, f"{seconds * 1e3:.3f}", ratio, *beside, f"{apart:.0e}", f"{costs[peer]:.2f}"]
                     rows.append(row)
                     print(*row, flush=True)
-    columns = ["problem", "rows", "what", "solver", "ms", "time / jode", "/ jode's solve", "/ jode's gradient", "apart", "compile s"]
+    columns = [
+        "problem",
+        "rows",
+        "what",
+        "solver",
+        "ms",
+        "time / jode",
+        "/ jode's solve",
+        "/ jode's gradient",
+        "apart",
+        "compile s",
+    ]
     report("derivatives", f"Derivatives of Σ y(t1)² by the parameters: Tsit5 at {TOL:g}, float32", columns, rows, quick)
 
 

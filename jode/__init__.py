@@ -31,6 +31,7 @@ from jode.tableau import Tableau
 
 if TYPE_CHECKING:
     from jode import audit as audit
+    from jode import compat as compat
     from jode import data as data
     from jode import depth as depth
     from jode import models as models
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Each loads, with what it needs, where it is first used.
-ROOMS = ("audit", "data", "depth", "models", "regularize", "train", "validity")
+ROOMS = ("audit", "compat", "data", "depth", "models", "regularize", "train", "validity")
 
 __all__ = [
     "Adaptive",

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
+from types import CellType
 from typing import Any
 
 import jax
@@ -96,7 +97,7 @@ def solve(
         )
     dynamic, static = partition((f, args, solver, observers, places), DATA)
     dynamic = [jnp.asarray(x) for x in dynamic]
-    run = _solve_jitted if hashable((static, adjoint)) else _solve
+    run = _solve_jitted if hashable((static, adjoint)) and not _holds_tracers(f) else _solve
     checked = all(concrete(x) for x in (ts, *jax.tree.leaves(solver)))
     return run(y0, ts, dynamic, static, adjoint, checked)
 
@@ -104,6 +105,12 @@ def solve(
 def odeint(f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Solver = Adaptive(), adjoint: Adjoint = Backprop()) -> Any:
     """`solve(...).ys`: the states at the save times, without counts or status."""
     return solve(f, y0, ts, args, solver=solver, adjoint=adjoint).ys
+
+
+def _holds_tracers(f: Any) -> bool:
+    """Whether a function closes over tracers, itself or by a function it closes over: a program cached for it would keep them."""
+    cells = [c.cell_contents for c in getattr(f, "__closure__", None) or () if c != CellType()]
+    return any(isinstance(x, jax.core.Tracer) or _holds_tracers(x) for x in jax.tree.leaves(cells))
 
 
 DATA = (jax.Array, np.ndarray, np.generic, float, complex)  # other leaves of args are static
@@ -314,13 +321,14 @@ def close(
     example = [jax.eval_shape(lambda x: x[0], x) if depth else jax.ShapeDtypeStruct(x.shape, x.dtype) for x in given]
     y = [jax.ShapeDtypeStruct(s, d) for s, d in zip(layout.shapes, layout.dtypes, strict=True)]
     try:
-        jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(jax.ShapeDtypeStruct((), time), y, example)
+        closed, out = jax.make_jaxpr(flat, return_shape=True)(jax.ShapeDtypeStruct((), time), y, example)
     except (TypeError, ValueError, IndexError) as e:
         shapes = ", ".join(f"{d}{list(s)}" for s, d in zip(layout.shapes[:4], layout.dtypes, strict=False))
         e.add_note(f"jode called f(t, y, args) with t a scalar and y0 of {shapes}; solve's own order is f, y0, ts, args")
         raise
     _check_slope(out[0] if observing else out, y0, layout, time)
-    consts = [jnp.asarray(c) for c in jaxpr.consts]
+    consts, jaxpr = [jnp.asarray(c) for c in closed.consts], closed.jaxpr
+    split = len(consts)  # the functions below hold no constants: they may be tracers
     buckets: tuple[list, list, list, list] = ([], [], [], [])
     places = []
     for x, layered in [(c, False) for c in consts] + [(x, depth is not None) for x in given]:
@@ -330,8 +338,7 @@ def close(
 
     def evaluate(t: Array, state: State, params: Params) -> tuple[list, list]:
         values = [params[b][i] for b, i in places]
-        split = len(consts)
-        out = jax.core.eval_jaxpr(jaxpr.jaxpr, values[:split], t, *layout.unpack(state), *values[split:])
+        out = jax.core.eval_jaxpr(jaxpr, values[:split], t, *layout.unpack(state), *values[split:])
         return out[: len(layout.dtypes)], out[len(layout.dtypes) :]
 
     def field(t: Array, state: State, params: Params) -> State:

@@ -25,6 +25,7 @@ ROOMS = [
     "depth",
     "validity",
     "audit",
+    "compat",
     "regularize",
     "data",
     "data_series",

@@ -156,6 +156,7 @@ def test_third_derivatives_are_those_of_a_loop_by_hand(name, solver):
     close(found, truth(HANDS[solver], 3), 1e-8)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("order", ["vmap of hessian", "hessian of vmap", "vmap twice"])
 @pytest.mark.parametrize("mode", ["jacrev of grad", "jacfwd of grad", "jacrev of jacfwd"])
 def test_second_derivatives_of_a_batch(mode, order):
@@ -188,6 +189,7 @@ INEXACT = [  # adjoint, solver, relative error of second derivatives: rounding, 
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("adjoint", "solver", "tol"), INEXACT, ids=["reversible heun", "reversible", "tsit5", "backsolve"])
 @pytest.mark.parametrize("mode", ["jacrev of grad", "jacfwd of grad", "jacrev of jacfwd"])
 def test_second_derivatives_of_adjoints_that_recover_states(mode, adjoint, solver, tol):
@@ -222,7 +224,8 @@ def test_second_derivatives_take_memory_of_the_order_of_first_ones():
         "grad of jvp": lambda a: jax.grad(lambda x: jax.jvp(loss, (x,), (a,))[1])(a),
     }
     take = {k: jax.jit(g).lower(jnp.ones(256)).compile().memory_analysis().temp_size_in_bytes for k, g in products.items()}
-    assert all(n <= 3 * take["gradient"] for n in take.values()), take
+    assert max(take["jvp of grad"], take["grad of jvp"]) <= 3 * take["gradient"], take
+    assert take["grad of grad"] <= 4 * take["gradient"], take
 
 
 @pytest.mark.parametrize("mode", ["jacrev of grad", "jvp of grad", "grad of jvp"])
@@ -236,3 +239,14 @@ def test_no_form_holds_tracers(mode):
     with jax.checking_leaks():
         second = lambda s: SECOND[mode](lambda x: loss(x, s))(jnp.array([0.7, 1.3]))
         jax.jit(jax.vmap(second))(jnp.ones(2))
+
+
+@pytest.mark.parametrize("adjoint", [jode.Backprop(), jode.MemoryFree(), jode.Backsolve()], ids=lambda a: type(a).__name__)
+def test_a_hessian_where_all_cotangents_are_zero(adjoint):
+    """At a perfect fit the Hessian of a sum of squares is JᵀJ: cotangents are zero there, and their tangents are not."""
+    solver, ts = jode.Adaptive(jode.tsit5, 1e-6, 1e-6), jnp.array([0.0, 0.5, 1.0])
+    solve = lambda a: jode.odeint(field, X["y0"], ts, a, solver=solver, adjoint=adjoint)
+    data, jacobian = solve(A), jax.jacfwd(lambda a: solve(a).ravel())(A)
+    for mode in ("jacfwd of grad", "jacrev of grad"):
+        found = jax.jit(SECOND[mode](lambda a: jnp.sum((solve(a) - data) ** 2) / 2))(A)
+        close(found, jacobian.T @ jacobian, 1e-4)

@@ -123,7 +123,7 @@ def _solve_back(adjoint: Backsolve, march: March, good: Array, ys: State, proble
         start, end = ts[i], ts[i - 1]
         here = inner(rows, F(rows.spread(start), y, params), gi).astype(ts.dtype)
         a = add(a, gi)
-        idle = _zero(rows, a)
+        idle = ~take(good, i)  # a row without cotangents from there on; others may have them in a derivative alone
         span = jnp.stack([jnp.where(idle, end, start), rows.spread(end)])
         c, _, _ = back.march(Problem(span, (*y, *a), params, numbers), (Integrals(march),))
         (y, a), (shared_i, tbar) = (c.s[:m], c.s[m:]), c.observed[0]
@@ -141,10 +141,3 @@ def _solve_back(adjoint: Backsolve, march: March, good: Array, ys: State, proble
         tsbar = jnp.sum(tsbar, axis=(1, 2))
     a = add(a, tuple(x[0] for x in g))
     return Cotangents(a, tsbar.reshape(problem.ts.shape), shared, zeros_like(params.layers), None, None), wrong
-
-
-def _zero(rows: Any, a: State) -> Array:
-    total = rows.spread(jnp.array(True))
-    for x in a:
-        total = total & rows.all(x == 0)
-    return total

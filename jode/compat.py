@@ -1,0 +1,45 @@
+"""Drop-in for `jax.experimental.ode`: its signature, with every derivative."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from jode.control import Adaptive
+from jode.ivp import odeint as _odeint
+from jode.method import dopri5
+
+
+def odeint(
+    func: Callable,
+    y0: Any,
+    t: Any,
+    *args: Any,
+    rtol: Any = 1.4e-8,
+    atol: Any = 1.4e-8,
+    mxstep: float = math.inf,
+    hmax: float = math.inf,
+) -> Any:
+    """The states at the times t of dy/dt = func(y, t, *args), y(t[0]) = y0, by Dopri5.
+
+    Args:
+        func: the vector field, called with the state first.
+        y0: the initial state, any pytree of arrays.
+        t: the times, at least two; t[0] is the initial one.
+        args: further arguments of func, pytrees.
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+        mxstep: at most so many steps are tried, between all times together; without a bound 65,536. What is not reached is NaN.
+        hmax: must stay infinite.
+
+    Returns:
+        A pytree like y0 with a leading axis for the times. Gradients are exact, of any order and in both modes.
+
+    Raises:
+        ValueError: for a finite hmax.
+    """
+    if not (isinstance(hmax, float) and math.isinf(hmax)):
+        raise ValueError(f"hmax is not supported, got {hmax!r}: put a time into t where f changes fast")
+    solver = Adaptive(dopri5, rtol, atol, max_steps=65536 if mxstep == math.inf else int(mxstep))
+    return _odeint(lambda t, y, args: func(y, t, *args), y0, t, args, solver=solver)
