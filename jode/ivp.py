@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
-from types import CellType
+from types import CellType, FunctionType
 from typing import Any
 
 import jax
@@ -109,7 +109,8 @@ def odeint(f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Solver = 
 
 def _holds_tracers(f: Any) -> bool:
     """Whether a function closes over tracers, itself or by a function it closes over: a program cached for it would keep them."""
-    cells = [c.cell_contents for c in getattr(f, "__closure__", None) or () if c != CellType()]
+    closure = f.__closure__ if isinstance(f, FunctionType) else None
+    cells = [c.cell_contents for c in closure or () if c != CellType()]
     return any(isinstance(x, jax.core.Tracer) or _holds_tracers(x) for x in jax.tree.leaves(cells))
 
 
