@@ -1,8 +1,8 @@
 """Rates of an ODE from noisy data: Levenberg-Marquardt by a forward Jacobian beside Adam by a gradient, with error bars.
 
-Predators and prey (Lotka-Volterra) are observed at 41 times with noise of 5 %. The unknowns are the logarithms of four rates and
-two initial states. Residuals r(p) = log(y / data) / σ, loss ½|r|². The covariance of the estimate is the inverse of the Hessian of the
-loss, by `jax.hessian`, exact to rounding.
+Predators and prey (Lotka-Volterra) are observed at 41 times with noise of 5 %. The unknowns are the logarithms of four rates
+and two initial states. Residuals r(p) = log(y / data) / σ, loss ½|r|². The covariance of the estimate is the inverse of the
+Hessian of the loss, by `jax.hessian`, exact to rounding.
 
 python examples/levenberg_marquardt.py
 """
