@@ -131,10 +131,12 @@ def truth(name, order):
 
 
 def first_and_few(cells):
-    """Cells of the default adjoint where steps are found are tests of every day, the rest a sweep."""
-    daily = lambda solver, adjoint: solver == "adaptive" and adjoint == jode.Backprop()
+    """Four nestings of the default adjoint where steps are found are tests of every day, the rest a sweep."""
+    four = ("jacfwd of grad", "jacrev of grad", "jacrev of jacfwd", "transpose of linearize")
+    daily = lambda name, solver, adjoint: name in four and solver == "adaptive" and adjoint == jode.Backprop()
     return [
-        pytest.param(n, s, a, id=f"{n}-{s}-{a.checkpoints}", marks=[] if daily(s, a) else [pytest.mark.sweep]) for n, s, a in cells
+        pytest.param(n, s, a, id=f"{n}-{s}-{a.checkpoints}", marks=[] if daily(n, s, a) else [pytest.mark.sweep])
+        for n, s, a in cells
     ]
 
 
