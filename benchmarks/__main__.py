@@ -14,6 +14,7 @@ from benchmarks.measure import RESULTS, machine
 NAMES = (
     "adaptive_small",
     "adaptive_gradient",
+    "derivatives",
     "fixed_step",
     "work_precision",
     "save_times",
