@@ -213,6 +213,34 @@ def test_second_derivatives_of_a_residual_network(mode):
     close(jax.jit(SECOND[mode](net))(w.ravel()), jax.hessian(loop)(w.ravel()), 1e-12)
 
 
+def test_cotangents_are_linear_and_their_transpose_is_the_tangent():
+    """By a cotangent alone a pull is differentiated without marching again, and transposed it is the forward derivative."""
+    calls = []
+
+    def f(t, y, a):
+        jax.debug.callback(lambda: calls.append(1))
+        return field(t, y, a)
+
+    solve = lambda a: jode.odeint(f, X["y0"], X["ts"], a, solver=SOLVERS["adaptive"])
+    z, back = jax.vjp(solve, A)
+    g = jnp.cos(jnp.arange(float(z.size))).reshape(z.shape)
+
+    def count(derivative):
+        calls.clear()
+        out = jax.block_until_ready(jax.jit(derivative)(g))
+        jax.effects_barrier()
+        return out, len(calls)
+
+    (_, along), twice = count(lambda g: jax.jvp(back, (g,), (2 * g,)))
+    once, pulls = count(back)
+    close(along[0], 2 * once[0], 1e-12)
+    assert twice <= 2 * pulls
+    direct = jax.jvp(solve, (A,), (A,))[1]
+    close(jax.jit(lambda v: jax.linear_transpose(lambda g: back(g)[0], g)(v)[0])(A), direct, 1e-11)
+    each = jax.vmap(lambda v: jax.linear_transpose(lambda g: back(g)[0], g)(v)[0])(jnp.stack([A, 2 * A]))
+    close(each, jnp.stack([direct, 2 * direct]), 1e-11)
+
+
 @pytest.mark.optimized
 def test_second_derivatives_take_memory_of_the_order_of_first_ones():
     """4,096 steps from 16 checkpoints: a Hessian-vector product within three times the gradient."""
