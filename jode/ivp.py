@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from types import CellType, FunctionType
 from typing import Any
 
@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jode.adjoint import Adjoint, Backprop
+from jode.adjoint import Adjoint, Backprop, MemoryFree
 from jode.control import Adaptive, Solver, Stats, Status
 from jode.control.base import concrete
+from jode.control.stops import merged, stopping
 from jode.march import Plan, Problem
 from jode.method import Method
 from jode.observe import Observed, Observer, observing
@@ -58,6 +59,8 @@ def solve(
     solver: Solver = Adaptive(),
     adjoint: Adjoint = Backprop(),
     observe: Any = None,
+    stops: Any = None,
+    jumps: Any = None,
 ) -> Solution:
     """Solve dy/dt = f(t, y, args), y(ts[0]) = y0, and return y at every save time.
 
@@ -75,6 +78,12 @@ def solve(
         solver: `Fixed`, `Adaptive` or `Layers`; under `Layers` arrays in args lead with depth and f gets one slice per step.
         adjoint: how gradients are computed, by default exactly (`Backprop`). Forward derivatives are exact whatever it is.
         observe: an `Observer`, or a pytree of them: what to keep of every step.
+        stops: times where f jumps, in any order. Steps end there: the last stage before one sees the time just before it, the first
+            stage after it the time itself. Gradients flow to them.
+        jumps: (times, g), or (times, g, xs): at each of the times y becomes g(t, y, args), or g(t, y, args, x) with x the entry
+            of that time in the pytree xs, whose arrays lead with an axis for times. A state saved at a jump is that before it. Jumps
+            at ts[0] apply, at ts[-1] they do not; equal ones apply in the order given. Stops and jumps outside of ts are ignored,
+            so that infinity pads rows that have fewer. Gradients flow to the times, to xs and to what g reads.
 
     Returns:
         A `Solution`. A trajectory that failed is NaN from the failing time on and `status` says why; see `jode.check`. What is
@@ -95,10 +104,14 @@ def solve(
         raise ValueError(
             f"observers see steps, and the gradient of {type(adjoint).__name__} is not that of the steps: use jode.Backprop"
         )
-    dynamic, static = partition((f, args, solver, observers, places), DATA)
+    stops, jumps = _stops(stops, ts), _jumps(jumps, ts)
+    if stops is not None or jumps:
+        _check_stops(solver, adjoint)
+    dynamic, static = partition((f, args, solver, observers, places, stops, jumps), DATA)
     dynamic = [jnp.asarray(x) for x in dynamic]
-    run = _solve_jitted if hashable((static, adjoint)) and not _holds_tracers(f) else _solve
-    checked = all(concrete(x) for x in (ts, *jax.tree.leaves(solver)))
+    untraced = not (_holds_tracers(f) or (jumps and _holds_tracers(jumps[1])))
+    run = _solve_jitted if hashable((static, adjoint)) and untraced else _solve
+    checked = all(concrete(x) for x in (ts, stops, jumps and jumps[0], *jax.tree.leaves(solver)))
     return run(y0, ts, dynamic, static, adjoint, checked)
 
 
@@ -252,10 +265,49 @@ def _check_times(exact: np.ndarray, ts: np.ndarray) -> None:
         )
 
 
-def _valid(ts: Array, solver: Any) -> Array:
+def _valid(ts: Array, solver: Any, *others: Array | None) -> Array:
     """Whether times and numbers that are traced are such as the checks at the door ask for."""
     steps = ts[1:] - ts[:-1]
-    return jnp.all(jnp.isfinite(ts)) & (jnp.all(steps >= 0) | jnp.all(steps <= 0)) & solver.valid()
+    valid = jnp.all(jnp.isfinite(ts)) & (jnp.all(steps >= 0) | jnp.all(steps <= 0)) & solver.valid()
+    return reduce(jnp.logical_and, [~jnp.any(jnp.isnan(x)) for x in others if x is not None], valid)
+
+
+def _stops(times: Any, ts: Any, name: str = "stops") -> Any:
+    """Times of stops or jumps as a vector in the dtype of ts, or None where there are none."""
+    if times is None:
+        return None
+    known = all(concrete(x) for x in jax.tree.leaves(times))
+    out = (np if known else jnp).asarray(times, ts.dtype)
+    if out.ndim != 1:
+        raise ValueError(f"{name} must be a vector of times, got shape {out.shape}")
+    if known and np.isnan(out).any():
+        raise ValueError(f"{name} must not be NaN, got {out}; infinity stands for a time that never comes")
+    return out if out.shape[0] else None
+
+
+def _jumps(jumps: Any, ts: Any) -> Any:
+    """(times, g, xs), or None where there are none."""
+    if jumps is None:
+        return None
+    if not (isinstance(jumps, tuple) and len(jumps) in (2, 3) and callable(jumps[1])):
+        raise TypeError(f"jumps must be (times, g) or (times, g, xs) with g a function g(t, y, args), got {jumps!r}")
+    times, xs = _stops(jumps[0], ts, "the times of jumps"), jumps[2] if len(jumps) == 3 else None
+    for x in jax.tree.leaves(xs):
+        if np.shape(x)[:1] != (0 if times is None else times.shape[0],):
+            raise ValueError(f"every array in the xs of jumps must lead with an entry for each time, got shape {np.shape(x)}")
+    return None if times is None else (times, jumps[1], jax.tree.map(jnp.asarray, xs))
+
+
+def _check_stops(solver: Solver, adjoint: Adjoint) -> None:
+    if solver.layered:
+        raise ValueError("stops and jumps belong to an ODE, and Layers has no time between its layers: use Fixed or Adaptive")
+    if not adjoint.sees_steps:
+        raise ValueError(f"{type(adjoint).__name__} solves an ODE without stops or jumps backwards: use jode.Backprop")
+    if isinstance(adjoint, MemoryFree) and solver.method.parts > 1:
+        raise ValueError(
+            f"{solver.method!r} starts anew after a stop or a jump, and MemoryFree cannot go back over that: use jode.Backprop, or a "
+            "Runge-Kutta method"
+        )
 
 
 def _observers(observe: Any) -> tuple[list, Any]:
@@ -268,7 +320,7 @@ def _observers(observe: Any) -> tuple[list, Any]:
 
 
 def _solve(y0: Any, ts: Array, dynamic: list, static: Any, adjoint: Any, checked: bool) -> Solution:
-    f, args, solver, observers, places = merge(dynamic, static)
+    f, args, solver, observers, places, stops, jumps = merge(dynamic, static)
     y, ts = y0, jnp.asarray(ts)
     if observers:
         first = jax.tree.map(lambda x: x[0] if isinstance(x, jax.Array) else x, args) if solver.layered else args
@@ -276,26 +328,35 @@ def _solve(y0: Any, ts: Array, dynamic: list, static: Any, adjoint: Any, checked
     layout = Layout.of(y0)
     given, valid, packed = ts, None, layout.pack(jax.tree.leaves(y0))
     if not checked:  # an invalid trajectory starts from NaN and goes nowhere, like any other that fails at its start
-        valid = _valid(ts, solver)
+        valid = _valid(ts, solver, stops, jumps and jumps[0])
         ts = jnp.where(valid, ts, 0)
         packed = tuple(jnp.where(valid, x, nan_unless(valid, jnp.zeros_like(x))) for x in packed)
         solver = jax.tree.map(lambda x: x if isinstance(x, int) else jnp.where(valid, x, 1).astype(x.dtype), solver)
+    saved, jump = None, None
+    if stops is not None or jumps:
+        ts, marks, saved = merged(ts, stops, jumps and jumps[0])
+        solver = stopping(solver, marks)
+    if jumps:
+        args, jump = (args, jumps[2]), _jump_of(jumps[1], bool(observers), jumps[2] is not None)
+        f, of = (lambda t, y, args: of(t, y, args[0])), f
     intervals = ts.shape[0] - 1
     layers = solver.layers(args, intervals)
     steps = solver.steps_between(intervals, layers)
-    field, params, effects, kept = close(observing(f, observers) if observers else f, ts, y0, args, layout, layers, bool(observers))
+    whole = observing(f, observers) if observers else f
+    field, params, effects, kept, jump = close(whole, ts, y0, args, layout, layers, bool(observers), jump)
     weights = sum(x.size for x in (*params.shared, *params.layers))
     method = solver.method.for_steps(solver.most_steps(intervals, steps))
     if observers:
         method = Observed(method, layout.leading(len(jax.tree.leaves(y))))
-    plan = Plan(field, replace(solver.static, method=method), layout, ts.shape[0], ts.dtype, steps, weights, effects, kept)
+    plan = Plan(field, replace(solver.static, method=method), layout, ts.shape[0], ts.dtype, steps, weights, effects, kept, jump)
     outcome = adjoint.solve(plan, Problem(ts, packed, params, solver.numbers))
     stats, status, reached = outcome.stats, outcome.status, outcome.reached
     if valid is not None:
         stats = jax.tree.map(lambda n: jnp.where(valid, n, 0), stats)
         status = jnp.where(valid, status, int(Status.invalid_input))
         reached = jnp.where(valid, reached, given[0])
-    ys, observed = jax.tree.unflatten(layout.treedef, layout.unpack(outcome.ys, (ts.shape[0],))), None
+    ys = tuple(x[saved] for x in outcome.ys) if saved is not None else outcome.ys
+    ys, observed = jax.tree.unflatten(layout.treedef, layout.unpack(ys, given.shape)), None
     if observers:
         ys, observed = ys
         observed = jax.tree.unflatten(places, [jax.tree.map(lambda x: x[-1], o) for o in observed])
@@ -306,54 +367,86 @@ _solve_jitted = partial(jax.jit, static_argnums=(3, 4, 5), inline=True)(_solve)
 
 
 def close(
-    f: Callable, ts: Array, y0: Any, args: Any, layout: Layout, depth: int | None, observing: bool
-) -> tuple[Callable, Params, Any, Callable | None]:
+    f: Callable, ts: Array, y0: Any, args: Any, layout: Layout, depth: int | None, observing: bool, jump: Callable | None
+) -> tuple[Callable, Params, Any, Callable | None, Callable | None]:
     """Trace f once: a function of packed states and explicit parameters, the parameters, and the function's effects.
 
-    Arrays that f closes over are parameters too. f must return the structure and shapes of y; another dtype is cast. The last
-    of the four is the state with what observers keep, if there are any: f then returns that besides the slope.
+    Arrays that f closes over are parameters too. f must return the structure and shapes of y; another dtype is cast. The fourth is
+    the state with what observers keep, if there are any: f then returns that besides the slope. The last is the jump of an index,
+    if one is given, of packed states too.
     """
     given, static = partition(args, jax.Array)
     time = ts.dtype
-
-    def flat(t: Array, y: list, given: list) -> Any:
-        return f(t, jax.tree.unflatten(layout.treedef, y), merge(given, static))
-
     example = [jax.eval_shape(lambda x: x[0], x) if depth else jax.ShapeDtypeStruct(x.shape, x.dtype) for x in given]
     y = [jax.ShapeDtypeStruct(s, d) for s, d in zip(layout.shapes, layout.dtypes, strict=True)]
-    try:
-        closed, out = jax.make_jaxpr(flat, return_shape=True)(jax.ShapeDtypeStruct((), time), y, example)
-    except (TypeError, ValueError, IndexError) as e:
-        shapes = ", ".join(f"{d}{list(s)}" for s, d in zip(layout.shapes[:4], layout.dtypes, strict=False))
-        e.add_note(f"jode called f(t, y, args) with t a scalar and y0 of {shapes}; solve's own order is f, y0, ts, args")
-        raise
-    _check_slope(out[0] if observing else out, y0, layout, time)
-    consts, jaxpr = [jnp.asarray(c) for c in closed.consts], closed.jaxpr
-    split = len(consts)  # the functions below hold no constants: they may be tracers
     buckets: tuple[list, list, list, list] = ([], [], [], [])
-    places = []
-    for x, layered in [(c, False) for c in consts] + [(x, depth is not None) for x in given]:
-        bucket = (0 if is_inexact(x) else 2) + layered
-        places.append((bucket, len(buckets[bucket])))
-        buckets[bucket].append(x)
 
-    def evaluate(t: Array, state: State, params: Params) -> tuple[list, list]:
-        values = [params[b][i] for b, i in places]
-        out = jax.core.eval_jaxpr(jaxpr, values[:split], t, *layout.unpack(state), *values[split:])
-        return out[: len(layout.dtypes)], out[len(layout.dtypes) :]
+    def kept_in(xs: list, layered: bool) -> list[tuple[int, int]]:
+        """Places of arrays among the parameters."""
+        places = []
+        for x in xs:
+            bucket = (0 if is_inexact(x) else 2) + layered
+            places.append((bucket, len(buckets[bucket])))
+            buckets[bucket].append(x)
+        return places
+
+    def traced(g: Callable, *numbers: Any) -> tuple[Callable, Any, Any]:
+        """A function of (t, packed state, params, *numbers) that returns leaves; what g returns; its effects."""
+
+        def flat(t: Array, y: list, given: list, *numbers: Array) -> Any:
+            return g(t, jax.tree.unflatten(layout.treedef, y), merge(given, static), *numbers)
+
+        try:
+            closed, out = jax.make_jaxpr(flat, return_shape=True)(jax.ShapeDtypeStruct((), time), y, example, *numbers)
+        except (TypeError, ValueError, IndexError) as e:
+            shapes = ", ".join(f"{d}{list(s)}" for s, d in zip(layout.shapes[:4], layout.dtypes, strict=False))
+            e.add_note(f"jode called f(t, y, args) with t a scalar and y0 of {shapes}; solve's own order is f, y0, ts, args")
+            raise
+        jaxpr = closed.jaxpr  # the function below holds no constants: they may be tracers
+        consts = kept_in([jnp.asarray(c) for c in closed.consts], False)
+
+        def evaluate(t: Array, state: State, params: Params, *numbers: Array) -> list:
+            at = lambda places: [params[b][i] for b, i in places]
+            return jax.core.eval_jaxpr(jaxpr, at(consts), t, *layout.unpack(state), *at(places), *numbers)
+
+        return evaluate, out, jaxpr.effects
+
+    evaluate, out, effects = traced(f)
+    _check_slope(out[0] if observing else out, y0, layout, time)
+    evaluate_jump, out, _ = traced(jump, jax.ShapeDtypeStruct((), jnp.int32)) if jump else (None, None, None)
+    if jump:
+        _check_slope(out, y0, layout, time, "g")
+    places = kept_in(given, depth is not None)
+    packed = lambda leaves: layout.pack([jnp.asarray(k, d) for k, d in zip(leaves, layout.dtypes, strict=True)])
 
     def field(t: Array, state: State, params: Params) -> State:
-        slopes = evaluate(t, state, params)[0]
-        return layout.pack([jnp.asarray(k, d) for k, d in zip(slopes, layout.dtypes, strict=True)])
+        return packed(evaluate(t, state, params)[: len(layout.dtypes)])
 
     def kept(t: Array, state: State, params: Params) -> State:
-        after = evaluate(t, state, params)[1]
+        after = evaluate(t, state, params)[len(layout.dtypes) :]
         return layout.pack([*layout.unpack(state)[: len(layout.dtypes) - len(after)], *after])
 
-    return field, Params(*buckets), jaxpr.effects, kept if observing else None
+    def jumped(t: Array, state: State, params: Params, k: Array) -> State:
+        assert evaluate_jump is not None
+        return packed(evaluate_jump(t, state, params, k))
+
+    return field, Params(*buckets), effects, kept if observing else None, jumped if jump else None
 
 
-def _check_slope(out: Any, y0: Any, layout: Layout, time: Any) -> None:
+def _jump_of(g: Callable, observing: bool, tabled: bool) -> Callable:
+    """The state after jump k, as a function of (t, y, (args, xs), k); what observers keep stays."""
+
+    def jump(t: Array, y: Any, args: tuple, k: Array) -> Any:
+        args, xs = args
+        y, kept = y if observing else (y, None)
+        x = (jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, k, 0, keepdims=False), xs),) if tabled else ()
+        y = g(t, y, args, *x)
+        return (y, kept) if observing else y
+
+    return jump
+
+
+def _check_slope(out: Any, y0: Any, layout: Layout, time: Any, name: str = "f") -> None:
     leaves, treedef = jax.tree.flatten(out)
     if treedef != layout.treedef:
         stateful = isinstance(out, tuple) and len(out) == 2 and jax.tree.structure(out[0]) == layout.treedef
@@ -361,13 +454,13 @@ def _check_slope(out: Any, y0: Any, layout: Layout, time: Any) -> None:
         hint = "; a pair of slope and state (batch statistics) is not a vector field: see jode.resnet" if stateful else ""
         if isinstance(out, (list, tuple)) and not stateful and jax.tree_util.treedef_is_leaf(layout.treedef):
             hint = f": y0 is one array, so make one of the {len(out)} entries with jnp.stack"
-        raise TypeError(f"f(t, y, args) must return the structure of y0, {layout.treedef}; it returned {treedef}{hint}")
+        raise TypeError(f"{name}(t, y, args) must return the structure of y0, {layout.treedef}; it returned {treedef}{hint}")
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(y0)[0]]
     for path, k, shape, dtype in zip(paths, leaves, layout.shapes, layout.dtypes, strict=True):
         if k.shape != shape:
             swapped = ": is it written f(y, t)? The order is t, y, args" if k.shape == () else ""
-            raise TypeError(f"f(t, y, args){path} must have the shape of y0{path}, {shape}; it has {k.shape}{swapped}")
+            raise TypeError(f"{name}(t, y, args){path} must have the shape of y0{path}, {shape}; it has {k.shape}{swapped}")
         if jnp.issubdtype(k.dtype, jnp.complexfloating) and not jnp.issubdtype(dtype, jnp.complexfloating):
-            raise TypeError(f"f(t, y, args){path} is complex but y0{path} is {dtype}: make y0 complex")
+            raise TypeError(f"{name}(t, y, args){path} is complex but y0{path} is {dtype}: make y0 complex")
         if is_inexact(k) and jnp.finfo(k.dtype).bits > max(32, *(jnp.finfo(d).bits for d in (dtype, time))):  # t may widen it
-            warnings.warn(f"f(t, y, args){path} is {k.dtype} and is cast to the dtype of y0{path}, {dtype}", stacklevel=2)
+            warnings.warn(f"{name}(t, y, args){path} is {k.dtype} and is cast to the dtype of y0{path}, {dtype}", stacklevel=2)

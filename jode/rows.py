@@ -88,15 +88,18 @@ class Rows:
         return reduce(jnp.logical_and, [self.all(jnp.isfinite(x)) for x in y], self.spread(jnp.array(True)))
 
     def lift(self, f: Callable, mapped: Any) -> Callable:
-        """The vector field of one trajectory, f(t, y, params), for these rows; `mapped` flags the leaves of params."""
+        """The vector field of one trajectory, f(t, y, params), for these rows; `mapped` flags the leaves of params. More arguments
+        are columns.
+        """
         if self.size is None:
             return f
         axes = jax.tree.map(lambda m: self.axis if m else None, mapped)
 
-        def lifted(t: Array, y: Any, params: Any) -> Any:
+        def lifted(t: Array, y: Any, params: Any, *numbers: Array) -> Any:
             t_axis = None if t.ndim == 0 else 0
             t = t if t.ndim == 0 else self.flat(t)
-            return jax.vmap(f, (t_axis, self.axis, axes), self.axis)(t, y, params)
+            each = (0,) * len(numbers)
+            return jax.vmap(f, (t_axis, self.axis, axes, *each), self.axis)(t, y, params, *map(self.flat, numbers))
 
         return lifted
 

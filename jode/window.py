@@ -38,7 +38,8 @@ class Window:
     y it returns f(t + c h, y) of every row.
 
     field: f(t, y, params) for these rows. params: those of this step, layers at its nodes. rows: where the rows lie.
-    kept: what observers keep at (t, y, params), for a state that carries it.
+    kept: what observers keep at (t, y, params), for a state that carries it. limit: the last time that f may be asked for (a column),
+    where what happens at the end of the step changes it.
     """
 
     field: Callable
@@ -48,12 +49,17 @@ class Window:
     params: Params
     swapped: bool = False
     kept: Callable | None = None
+    limit: Any = None
 
     def __call__(self, c: Any, y: State) -> State:
+        h = self.h
         if self.swapped:
-            t0, h = self.t, -self.h
-            return self.field(t0 + (1 - c) * h, y, at_fraction(self.params, 1 - c))
-        return self.field(self.t + c * self.h, y, at_fraction(self.params, c))
+            c, h = 1 - c, -h
+        t = self.t + c * h
+        if self.limit is not None:
+            cut = jnp.where(h > 0, jnp.minimum(t, self.limit), jnp.where(h < 0, jnp.maximum(t, self.limit), t))
+            t = t + jax.lax.stop_gradient(cut - t)
+        return self.field(t, y, at_fraction(self.params, c))
 
     def ends_swapped(self) -> Window:
         """The same step taken from its end to its start: h is negative, and c counts from the end."""
@@ -94,6 +100,13 @@ class Window:
         h = self.rows.flat(self.rows.spread(jnp.asarray(h, r_.dtype)))
         matrix = jnp.broadcast_to(jnp.eye(r_.shape[-1], dtype=r_.dtype), jacobian.shape) - h[..., None, None] * jacobian
         return self.rows.states(jnp.linalg.solve(matrix, r_[..., None])[..., 0], r)
+
+
+def just_before(t: Array, h: Array) -> Array:
+    """The time just before t for steps in the direction of h; it moves with t."""
+    fixed, sign = jax.lax.stop_gradient(t), jnp.sign(h)
+    gap = jnp.abs(fixed - jnp.nextafter(fixed, -sign * jnp.inf))
+    return t - sign * jnp.where(fixed == 0, jnp.finfo(t.dtype).tiny, gap)  # around 0 the gap is no normal number
 
 
 def at_fraction(params: Params, c: Any) -> Params:

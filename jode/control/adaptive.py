@@ -127,7 +127,7 @@ class Adaptive(Solver):
         width = jnp.maximum(width, 2 * _resolution(t0))  # a state at rest says nothing about the scale of time
         zero = jnp.zeros(t0.shape, jnp.int32)
         errors = (jnp.ones_like(t0),) * (2 if self.dcoeff else 1 if self.pcoeff else 0)
-        h = _reach(ts[-1], t0, sign * width)
+        h = reach(ts[-1], t0, sign * width)
         return Progress(t0, h, errors, zero, zero, jnp.zeros((), jnp.int32))
 
     def running(self, c: Progress, few: int = 0) -> Array:
@@ -139,8 +139,8 @@ class Adaptive(Solver):
         return march.window(problem, carry.t, carry.h, None)
 
     def judge(self, march: Any, problem: Problem, carry: Progress, window: Window, s: State, step: Step) -> tuple[Any, Progress]:
-        c, h, t1 = carry, carry.h, problem.ts[-1]
-        active = h != 0
+        c, h, t1 = carry, carry.h, self.target(march, problem, carry)
+        active = self.wants(carry)
         t_new = jnp.where(h == t1 - c.t, t1, c.t + h)
         norm = partial(_norm, march.rows, march.method.measured, problem.numbers)
         e = jax.lax.stop_gradient(_error(march.method, norm, h, s, step))
@@ -148,9 +148,26 @@ class Adaptive(Solver):
         t = jnp.where(accept, t_new, c.t)
         errors = (jnp.maximum(e, 1e-4).astype(h.dtype), *c.errors)
         errors = tuple(jnp.where(accept, a, b) for a, b in zip(errors, c.errors, strict=False))
-        h = _reach(t1, t, h * self._factor(e, c.errors).astype(h.dtype))
+        wide = self.proposed(c, accept, h * self._factor(e, c.errors).astype(h.dtype))
         accepted, tried = c.accepted + accept.astype(jnp.int32), c.tried + active.astype(jnp.int32)
-        return accept, Progress(t, h, errors, accepted, tried, c.loops + 1)
+        c = c._replace(t=t, h=reach(t1, t, wide), errors=errors, accepted=accepted, tried=tried, loops=c.loops + 1)
+        return accept, self.judged(march, problem, c, accept, t1, wide)
+
+    def target(self, march: Any, problem: Problem, c: Any) -> Array:
+        """The time that the next step must not pass."""
+        return problem.ts[-1]
+
+    def wants(self, c: Any) -> Array:
+        """Rows that want another step."""
+        return c.h != 0
+
+    def proposed(self, c: Any, accept: Array, wide: Array) -> Array:
+        """The width of the next step before it is cut at the target."""
+        return wide
+
+    def judged(self, march: Any, problem: Problem, c: Any, accept: Array, t1: Array, wide: Array) -> Any:
+        """The carry after a step was judged."""
+        return c
 
     def drive(self, march: Any, problem: Problem, loop: Any, c: Any) -> tuple[Any, Any]:
         return loop.until_due(partial(self.running, few=march.few), c), None
@@ -205,7 +222,7 @@ class Adaptive(Solver):
         return jnp.where(factor > self.factor_min, factor, self.factor_min)
 
 
-def _reach(t1: Array, t: Array, h: Array) -> Array:
+def reach(t1: Array, t: Array, h: Array) -> Array:
     """The next step from t: cut at t1, and 0 where it is too small to move t or not a number.
 
     It ends in a representable time, and the choice of that time is not differentiated.

@@ -49,7 +49,8 @@ class Grid(NamedTuple):
     at start.
 
     slots: how many. accepted: the steps of each row; in the other slots a row stands still. arrived: whether the last of them
-    ends at the last save time. loops: how often the loop ran. All are () where steps follow from the save times.
+    ends at the last save time. loops: how often the loop ran. nodes: where steps end at given times, which of ts each row stands at
+    after each slot (-1: none), and at the start. All are () where steps follow from the save times.
     """
 
     slots: Any
@@ -58,6 +59,7 @@ class Grid(NamedTuple):
     accepted: Any
     arrived: Any
     loops: Any
+    nodes: Any = ()
 
 
 class Solver:
@@ -73,6 +75,7 @@ class Solver:
     estimates: ClassVar[bool] = False  # whether steps are judged by their error
     layered: ClassVar[bool] = False  # whether step n reads slice n of the arrays in args
     lands: ClassVar[bool] = True  # whether steps end at every save time; otherwise states there are interpolated
+    marked: ClassVar[bool] = False  # whether something happens at some of ts: steps end there, and the state may be reset
 
     def refusal(self) -> str | None:
         """What is wrong with this solver, if anything is."""
@@ -140,6 +143,26 @@ class Solver:
 
     def slots(self, march: Any, problem: Problem) -> Any:
         """Steps in all, of a solver that lands."""
+        raise NotImplementedError
+
+    def between(self, march: Any, problem: Problem, j: Array, c: Any) -> Any:
+        """The loop's carry after what happens at ts[j], of a solver that lands."""
+        return c
+
+    def serve(self, march: Any, problem: Problem, c: Any) -> Any:
+        """The loop's carry after what happens where rows have come to, of one that does not."""
+        return c
+
+    def resets(self, march: Any, problem: Problem, carry: Any) -> Any:
+        """Evaluations of f after resets, of each row."""
+        return 0
+
+    def limited(self, march: Any, problem: Problem, grid: Grid, i: Array, window: Window) -> Window:
+        """The window of step i with the last time its stages may see."""
+        return window
+
+    def node(self, march: Any, problem: Problem, grid: Grid, i: Array) -> Array:
+        """Which of ts step i of each row ends at, if something happens there; else -1."""
         raise NotImplementedError
 
     # A solver that does not land carries at least t and h, the time reached and the width of the next step, as columns (h is 0

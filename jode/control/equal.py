@@ -62,7 +62,7 @@ class Equal(Solver):
         def interval(j: Array, c: Any) -> tuple[Any, Any]:
             a, b = take(problem.ts, j), take(problem.ts, j + 1)
             c, _ = march.runner.repeat(bound, lambda k, c: (loop.attempt((a, b, k, j * bound + k), c), None), c)
-            return c, march.saved_as(c.s)
+            return self.between(march, problem, j + 1, c), march.saved_as(c.s)
 
         return march.runner.repeat(march.plan.saves - 1, interval, c)
 

@@ -31,18 +31,19 @@ def pull(
     """Cotangents before step i from those after it, s being the state at its start; rows that failed take that of the march."""
     solver, ts = march.solver, problem.ts
     (p, q), span = solver.ends(march, problem, grid, i, c.left)
-    (t, h), span_back = jax.vjp(span, take(ts, p), take(ts, q))
-    window = march.window(problem, t, h, i if solver.lands else None)
+    (t, h), span_back = jax.vjp(span, _time(march, ts, p), _time(march, ts, q))
+    window = solver.limited(march, problem, grid, i, march.window(problem, t, h, i if solver.lands else None))
     sbar, left, next_, slopes_bar = c.s, c.left, c.next, None
+    s = _sound(march, grid, good, q, s, start)
+    s1, K, pull = march.method.pullback(window, s, bool(march.saves), march.rolled)
+    if solver.marked:
+        c = _pull_reset(march, problem, solver.node(march, problem, grid, i), march.still(problem, window, s, s1), c)
+        sbar = c.s
     if solver.lands:
         if march.plan.saves > 2:
             bound = solver.bound(march, problem)
             landed = (i % bound == bound - 1) & (q < march.plan.saves - 1)
             sbar = where(landed, _saved(march, sbar, take(g, q)), sbar)
-        s = where(good[q], s, start)
-    elif march.rows.size is not None:
-        s = where(grid.accepted > 0, s, start)
-    K, pull = march.method.pullback(window, s, bool(march.saves), march.rolled)
     bars = Bars(jnp.zeros_like(h), jnp.zeros_like(t), zeros_like(s), (), c.ts)
     if march.saves:
         assert K is not None
@@ -59,7 +60,42 @@ def pull(
         left = left - (h != 0).astype(jnp.int32)
     abar, bbar = span_back((tbar, hbar))
     layers = [jax.lax.dynamic_update_slice_in_dim(x, u, i, 0) for x, u in zip(c.layers, after, strict=True)]
-    return Cotangents(sbar, bars.ts.at[p].add(abar).at[q].add(bbar), shared, layers, left, next_)
+    tsbar = _add_time(march, _add_time(march, bars.ts, p, abar), q, bbar)
+    return Cotangents(sbar, tsbar, shared, layers, left, next_)
+
+
+def _sound(march: March, grid: Grid, good: Array, q: Any, s: State, start: State) -> State:
+    """The state that a step starts from; rows that failed take the first one."""
+    if march.solver.lands:
+        return where(good[q], s, start)
+    return where(grid.accepted > 0, s, start) if march.rows.size is not None else s
+
+
+def _time(march: March, ts: Array, j: Any) -> Array:
+    """ts[j], where j is a number or a column."""
+    return march.rows.pick(ts, j) if jnp.ndim(j) else take(ts, j)
+
+
+def _add_time(march: March, ts: Array, j: Any, bar: Array) -> Array:
+    """The transpose of `_time`."""
+    return march.rows.add_at(ts, j, bar) if jnp.ndim(j) else ts.at[j].add(bar)
+
+
+def _pull_reset(march: March, problem: Problem, j: Array, s1: State, c: Cotangents) -> Cotangents:
+    """Cotangents before what happens at ts[j], from those after it, s1 being the state before it."""
+    rows, ts, params = march.rows, problem.ts, problem.params
+    if march.jump is None and march.method.parts == 1:
+        return c
+    at = jnp.maximum(j, 0)
+
+    def reset(t: Array, s: State, shared: list) -> State:
+        there = problem._replace(ts=t[None], params=params._replace(shared=shared))
+        marks = rows.spread(rows.pick(problem.numbers["marks"], at))[None]
+        return march.reset(there._replace(numbers={"marks": marks}), jnp.minimum(j, 0), s)
+
+    _, back = jax.vjp(reset, rows.spread(rows.pick(ts, at)), s1, params.shared)
+    tbar, sbar, shared = back(c.s)
+    return c._replace(s=sbar, ts=rows.add_at(c.ts, at, jnp.where(j >= 0, tbar, 0)), shared=add(c.shared, shared))
 
 
 def _saved(march: March, sbar: State, g: State) -> State:
@@ -134,15 +170,17 @@ def chapter(march: March, problem: Problem, kept: Kept, by: Record, tables: Reco
     (s, slope, control), (_, _, next_) = take(kept.chapters, k), take(kept.chapters, k + 1)
     end, last = (k + 1) * by.slots, k == (kept.grid.loops - 1) // by.slots
     tables = tables._replace(slots=jnp.where(last, tables.slots, 0))
+    loop = Loop(march, problem, (replace(by, chapters=0),))
     c = Carry(s, slope, control._replace(loops=jnp.where(last, end, k * by.slots)), (tables,), ())
-    step = partial(Loop(march, problem, (replace(by, chapters=0),)).attempt, None)
+    step = lambda c: loop.attempt(None, march.solver.serve(march, problem, c))
     c = march.runner.until(lambda c: c.control.loops >= end, step, c)
     found, at = c.observed[0], c.control
     accepted = jnp.where(last | (next_.h != 0), kept.grid.accepted, at.accepted)
     # Rounded otherwise, the last steps land where the next chapter starts.
     land = lambda c: (jnp.ones_like(c[0]), jnp.where(c[1] == at.t[None], next_.t[None], c[1]))
     _, times = march.runner.until(lambda c: c[0], land, (last, found.times))  # none or one turn: `cond` would copy the table
-    grid = Grid(found.slots, times, control.t, accepted, kept.grid.arrived, kept.grid.loops)
+    nodes = (found.nodes, control.node) if march.solver.marked else ()
+    grid = Grid(found.slots, times, control.t, accepted, kept.grid.arrived, kept.grid.loops, nodes)
     return Kept(grid, c.s, found.states, kept.chapters, s), jnp.where(last, kept.grid.accepted, at.accepted)
 
 
@@ -172,13 +210,15 @@ def reverse(
         tables, _, c = carry
         part, left = chapter(march, problem, kept, by, tables, chapters - 1 - k)
         first, c = back(part, c._replace(left=left))
-        return (Recorded(part.grid.slots, part.grid.times, part.states, ()), first, c), None
+        return (Recorded(part.grid.slots, part.grid.times, part.states, (), part.grid.nodes and part.grid.nodes[0]), first, c), None
 
     c = terminal(march, problem, good, kept.grid, g)
     if by is None:
         first, c = back(kept, c)
     else:
         chapters = (kept.grid.loops + by.slots - 1) // by.slots
-        tables = Recorded(kept.grid.slots, kept.grid.times, kept.states if by.keep else (), ())
+        tables = Recorded(
+            kept.grid.slots, kept.grid.times, kept.states if by.keep else (), (), kept.grid.nodes and kept.grid.nodes[0]
+        )
         (_, first, c), _ = march.runner.repeat(chapters, one, (tables, start, c))
     return at_initial(march, problem, g, c), first

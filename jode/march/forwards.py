@@ -16,7 +16,7 @@ from jode.march.values import Carry, Kept, Outcome, Plan, Problem, problem_of
 from jode.method import Method
 from jode.native import Batch
 from jode.observe import Interpolated, Record, Recorded, Seen, Watch
-from jode.observe.record import chapter_start
+from jode.observe.record import chapter_start, node_of
 from jode.rows import Rows
 from jode.runner import Runner
 from jode.tree import State, nan_unless, stack_zeros, take, where
@@ -56,17 +56,17 @@ class Loop:
         choose = partial(where, accept) if accept is not None else lambda new, _: new
         slope = choose(method.reused(step.slopes[-1]), c.slope) if solver.estimates else ()
         t, slot = (None, place[-1]) if solver.lands else (control.t, None)
-        seen = Seen(window, c.s, step.slopes, accept, t, slot)
+        seen = Seen(window, c.s, step.slopes, accept, t, slot, node_of(control))
         watched = zip(self.watches, c.observed, strict=True)
         observed = tuple(w.step(march, problem, m, seen) if w.steps else m for w, m in watched)
         last = (window.t, window.h, c.s, step.slopes, t) if self.looks_back else ()
         return Carry(choose(step.state, c.s), slope, control, observed, last)
 
     def until_due(self, running: Callable[[Any], Array], c: Carry) -> Carry:
-        """Step while the control says that it is running, and serve observers that wait where they are due."""
-        march, problem, waiting = self.march, self.problem, self.waiting
+        """Step while the control says that it is running, and serve observers that wait where they are due, then the control."""
+        march, problem, waiting, marked = self.march, self.problem, self.waiting, self.march.solver.marked
         step = partial(self.attempt, None)
-        if not waiting:
+        if not (waiting or marked):
             return march.runner.until(lambda c: ~running(c.control), step, c)
 
         def serve(c: Carry) -> Carry:
@@ -76,7 +76,8 @@ class Loop:
             due = {i: self.watches[i].due(march, problem, c.observed[i], c) for i in waiting}
 
             def stop(c: Carry) -> Array:
-                return reduce(jnp.logical_or, (d(c.control) for d in due.values()), ~running(c.control))
+                ended = ~running(c.control) | (jnp.any(c.control.waits) if marked else False)
+                return reduce(jnp.logical_or, (d(c.control) for d in due.values()), ended)
 
             c = c._replace(observed=tuple(() if i in held else m for i, m in enumerate(c.observed)))
             c = march.runner.until(stop, step, c)
@@ -84,7 +85,7 @@ class Loop:
             for i in waiting:
                 now = due[i](c.control) & running(c.control)
                 observed[i] = self.watches[i].serve(march, problem, observed[i], now, c)
-            return c._replace(observed=tuple(observed))
+            return march.solver.serve(march, problem, c._replace(observed=tuple(observed)))
 
         return march.runner.until(lambda c: ~running(c.control), serve, c)
 
@@ -99,6 +100,7 @@ class March:
     platform: str | None
     F: Callable  # the vector field of all rows, (t, y, params), traced once however many stages ask for it
     kept: Callable | None = None  # what observers keep, of all rows
+    jump: Callable | None = None  # the state after jump k, of all rows: (t, y, params, k)
     few: int = 0  # the loop ends where no more rows than this want another step
 
     @classmethod
@@ -160,8 +162,8 @@ class March:
         leaves, treedef = jax.tree.flatten(problem)
         flags = jax.tree.leaves(self.mapped)
         rows, loops = Rows(GROUP, -1), c.control.loops
-        F, kept = _lifted(self.plan, rows, self.mapped)
-        group = replace(self, rows=rows, F=F, kept=kept)
+        F, kept, jump = _lifted(self.plan, rows, self.mapped)
+        group = replace(self, rows=rows, F=F, kept=kept, jump=jump)
 
         def with_loops(c: Carry, loops: Any) -> Carry:  # rows that still run have made as many attempts
             return c._replace(control=c.control._replace(loops=loops))
@@ -194,7 +196,8 @@ class March:
         grid = Grid((), (), (), (), (), ())
         if not self.solver.lands:
             arrived, start = self.solver.arrived(problem.ts, c.control), self.rows.spread(problem.ts[0])
-            grid = Grid(kept.slots, kept.times, start, c.control.accepted, arrived, c.control.loops)
+            nodes = (kept.nodes, jnp.zeros_like(node_of(c.control))) if self.solver.marked else ()
+            grid = Grid(kept.slots, kept.times, start, c.control.accepted, arrived, c.control.loops, nodes)
         states = kept.states or stack_zeros(0, c.s)
         return outcome, Kept(grid, c.s, states, kept.chapters or stack_zeros(0, chapter_start(c)))
 
@@ -224,7 +227,7 @@ class March:
             good = every & jax.vmap(rows.finite)(ys) if ys else every
         status, reached, tried, accepted = solver.report(self, problem, c, good, slope)
         nfe = tried * (method.trials if solver.estimates else method.evaluations) + method.extra * dense
-        nfe = nfe + (solver.nfe_start if solver.estimates else method.starts)
+        nfe = nfe + (solver.nfe_start if solver.estimates else method.starts) + solver.resets(self, problem, c.control)
         backward = accepted * self.pullback_nfe
         return Outcome(ys, good, Stats(nfe, tried, accepted, tried - accepted, backward), status, reached)
 
@@ -237,7 +240,7 @@ class March:
     def _window(self, problem: Problem, grid: Grid, i: Array) -> Window:
         (p, q), span = self.solver.ends(self, problem, grid, i)
         t, h = span(take(problem.ts, p), take(problem.ts, q))
-        return self.window(problem, t, h, i if self.solver.lands else None)
+        return self.solver.limited(self, problem, grid, i, self.window(problem, t, h, i if self.solver.lands else None))
 
     def still(self, problem: Problem, window: Window, s: State, moved: State) -> State:
         """The state moved, or as it is in rows that stand still in this slot."""
@@ -246,13 +249,33 @@ class March:
     def advance(self, problem: Problem, grid: Grid, i: Array, s: State) -> State:
         """The state after step i from the state s before it."""
         window = self._window(problem, grid, i)
-        return self.still(problem, window, s, self.method.step(window, s).state)
+        s = self.still(problem, window, s, self.method.step(window, s).state)
+        return self.reset(problem, self.solver.node(self, problem, grid, i), s) if self.solver.marked else s
+
+    def reset(self, problem: Problem, j: Array, s: State) -> State:
+        """The method's state after what happens at ts[j], from that before it; j is a column, -1 where nothing does.
+
+        After a jump, and where f jumps, a method that carries more than y starts anew.
+        """
+        method, rows, params = self.method, self.rows, problem.params
+        if self.jump is None and method.parts == 1:
+            return s
+        at = jnp.maximum(j, 0)
+        t = rows.spread(rows.pick(problem.ts, at))
+        mark = jnp.where(j >= 0, rows.pick(problem.numbers["marks"], at), -1)
+        y = method.read(s)
+        if self.jump is not None:
+            y = where(mark > 0, self.jump(t, y, params, jnp.maximum(mark - 1, 0)), y)
+        return where(mark >= 0, method.start(y, lambda: self.F(t, y, params)), s)
 
     def invert(self, problem: Problem, grid: Grid, i: Array, s1: State, ys: State) -> State:
         """The state before step i from the state s1 after it; where steps end at save times what was saved there, ys, is exact."""
         if self.solver.lands and self.method.parts == 1:
             bound = self.solver.bound(self, problem)
             s1 = where((i + 1) % bound == 0, take(ys, (i + 1) // bound), s1)
+        elif self.solver.marked and self.jump is not None:  # the state saved there is that before the jump
+            j = self.solver.node(self, problem, grid, i)
+            s1 = where(j >= 0, tuple(self.rows.pick_state(y, jnp.maximum(j, 0)) for y in ys), s1)
         window = self._window(problem, grid, i)
         return self.still(problem, window, s1, self.method.inverse(window, s1))
 
@@ -266,7 +289,7 @@ class March:
         return self.method.pullback_nfe(bool(self.saves))
 
 
-def _lifted(plan: Plan, rows: Rows, mapped: Any) -> tuple[Callable, Callable | None]:
-    """The vector field and what observers keep, for all rows."""
+def _lifted(plan: Plan, rows: Rows, mapped: Any) -> tuple:
+    """The vector field, what observers keep, and the jumps, for all rows."""
     axes = mapped.params if mapped else None
-    return jax.jit(rows.lift(plan.field, axes)), plan.kept and jax.jit(rows.lift(plan.kept, axes))
+    return tuple(f and jax.jit(rows.lift(f, axes)) for f in (plan.field, plan.kept, plan.jump))

@@ -62,7 +62,8 @@ def _kept(march: March, kept: Kept, shared: Callable, columns: Callable, states:
     grid, last, table, chapters, _ = kept
     if not march.solver.lands:
         times, start, accepted, arrived = map(columns, grid[1:5])
-        grid = Grid(shared(grid.slots), times, start, accepted, arrived, shared(grid.loops))
+        nodes = jax.tree.map(columns, grid.nodes)
+        grid = Grid(shared(grid.slots), times, start, accepted, arrived, shared(grid.loops), nodes)
     s, slope, control = chapters
     chapters = (*jax.tree.map(lambda x: states(x, 1), (s, slope)), jax.tree.map(columns, control))
     return Kept(grid, jax.tree.map(lambda x: states(x, 0), last), jax.tree.map(lambda x: states(x, 1), table), chapters)

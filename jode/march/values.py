@@ -40,6 +40,7 @@ class Plan:
     weights: int  # how many numbers the parameters with gradients are
     effects: Any  # of evaluating the field
     kept: Callable | None = None  # what observers keep, of (t, y, params)
+    jump: Callable | None = None  # the state after jump k, of (t, y, params, k)
 
     @property
     def promise(self) -> Promise:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -16,13 +17,14 @@ from jode.window import Problem
 
 class Recorded(NamedTuple):
     """The accepted steps of the last chapter, in slots common to all rows: how many, the time each ends at, and the state that
-    every so many start from; and what the loop carried where each chapter starts.
+    every so many start from; and what the loop carried where each chapter starts. nodes: as those of a `Grid`.
     """
 
     slots: Any
     times: Any
     states: Any
     chapters: Any
+    nodes: Any = ()
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Record(Watch):
         t, h = c.control.t, c.control.h
         states = stack_full(-(-self.slots // self.keep), c.s, h) if self.keep else ()
         chapters = put(stack_full(self.chapters + 1, chapter_start(c), h), 0, chapter_start(c)) if self.chapters else ()
-        return Recorded(jnp.zeros((), jnp.int32), stack_full(self.slots, t, h), states, chapters)
+        nodes = stack_zeros(self.slots, node_of(c.control))
+        return Recorded(jnp.zeros((), jnp.int32), stack_full(self.slots, t, h), states, chapters, nodes)
 
     def step(self, march: Any, problem: Problem, carry: Recorded, seen: Seen) -> Recorded:
         slot = carry.slots if seen.slot is None else seen.slot
@@ -58,7 +61,9 @@ class Record(Watch):
         if seen.slot is not None:
             return carry._replace(states=states)
         moved: Array = jnp.any(seen.accept).astype(jnp.int32)
-        return Recorded(slot + moved, carry.times.at[slot].set(seen.t), states, carry.chapters)
+        write = lambda table, x: table.at[slot].set(x)
+        nodes = jax.tree.map(write, carry.nodes, seen.node)
+        return Recorded(slot + moved, write(carry.times, seen.t), states, carry.chapters, nodes)
 
     def due(self, march: Any, problem: Problem, carry: Recorded, c: Any) -> Callable[[Any], Array]:
         next_ = (c.control.loops // self.slots + 1) * self.slots
@@ -68,6 +73,11 @@ class Record(Watch):
         index = jnp.where(due, c.control.loops // self.slots, self.chapters)  # the last entry takes what is not wanted
         chapters = put(carry.chapters, index, chapter_start(c))
         return carry._replace(slots=jnp.where(due, 0, carry.slots), chapters=chapters)
+
+
+def node_of(control: Any) -> Any:
+    """Which of ts each row stands at, where the control says so."""
+    return getattr(control, "node", ())
 
 
 def chapter_start(c: Any) -> tuple:
