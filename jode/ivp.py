@@ -79,7 +79,8 @@ def solve(
         adjoint: how gradients are computed, by default exactly (`Backprop`). Forward derivatives are exact whatever it is.
         observe: an `Observer`, or a pytree of them: what to keep of every step.
         stops: times where f jumps, in any order. Steps end there: the last stage before one sees the time just before it, the first
-            stage after it the time itself. Gradients flow to them.
+            stage after it the time itself, for f is taken as continuous from the right (solving backwards in time too: the time
+            itself belongs to what is later). Gradients flow to them.
         jumps: (times, g), or (times, g, xs): at each of the times y becomes g(t, y, args), or g(t, y, args, x) with x the entry
             of that time in the pytree xs, whose arrays lead with an axis for times. A state saved at a jump is that before it. Jumps
             at ts[0] apply, at ts[-1] they do not; equal ones apply in the order given. Stops and jumps outside of ts are ignored,
@@ -115,9 +116,19 @@ def solve(
     return run(y0, ts, dynamic, static, adjoint, checked)
 
 
-def odeint(f: Callable, y0: Any, ts: Any, args: Any = None, *, solver: Solver = Adaptive(), adjoint: Adjoint = Backprop()) -> Any:
+def odeint(
+    f: Callable,
+    y0: Any,
+    ts: Any,
+    args: Any = None,
+    *,
+    solver: Solver = Adaptive(),
+    adjoint: Adjoint = Backprop(),
+    stops: Any = None,
+    jumps: Any = None,
+) -> Any:
     """`solve(...).ys`: the states at the save times, without counts or status."""
-    return solve(f, y0, ts, args, solver=solver, adjoint=adjoint).ys
+    return solve(f, y0, ts, args, solver=solver, adjoint=adjoint, stops=stops, jumps=jumps).ys
 
 
 def _holds_tracers(f: Any) -> bool:
@@ -335,7 +346,7 @@ def _solve(y0: Any, ts: Array, dynamic: list, static: Any, adjoint: Any, checked
     saved, jump = None, None
     if stops is not None or jumps:
         ts, marks, saved = merged(ts, stops, jumps and jumps[0])
-        solver = stopping(solver, marks)
+        solver = stopping(solver, ts, marks)
     if jumps:
         args, jump = (args, jumps[2]), _jump_of(jumps[1], bool(observers), jumps[2] is not None)
         f, of = (lambda t, y, args: of(t, y, args[0])), f

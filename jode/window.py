@@ -38,8 +38,8 @@ class Window:
     y it returns f(t + c h, y) of every row.
 
     field: f(t, y, params) for these rows. params: those of this step, layers at its nodes. rows: where the rows lie.
-    kept: what observers keep at (t, y, params), for a state that carries it. limit: the last time that f may be asked for (a column),
-    where what happens at the end of the step changes it.
+    kept: what observers keep at (t, y, params), for a state that carries it. limit: the latest time that f may be asked for (a column):
+    where f jumps, f at that time is what it jumps to.
     """
 
     field: Callable
@@ -57,8 +57,7 @@ class Window:
             c, h = 1 - c, -h
         t = self.t + c * h
         if self.limit is not None:
-            cut = jnp.where(h > 0, jnp.minimum(t, self.limit), jnp.where(h < 0, jnp.maximum(t, self.limit), t))
-            t = t + jax.lax.stop_gradient(cut - t)
+            t = no_later(t, self.limit)
         return self.field(t, y, at_fraction(self.params, c))
 
     def ends_swapped(self) -> Window:
@@ -102,11 +101,20 @@ class Window:
         return self.rows.states(jnp.linalg.solve(matrix, r_[..., None])[..., 0], r)
 
 
-def just_before(t: Array, h: Array) -> Array:
-    """The time just before t for steps in the direction of h; it moves with t."""
-    fixed, sign = jax.lax.stop_gradient(t), jnp.sign(h)
-    gap = jnp.abs(fixed - jnp.nextafter(fixed, -sign * jnp.inf))
-    return t - sign * jnp.where(fixed == 0, jnp.finfo(t.dtype).tiny, gap)  # around 0 the gap is no normal number
+@jax.custom_jvp
+def no_later(t: Array, limit: Array) -> Array:
+    """The earlier of two times; it moves with t."""
+    return jnp.minimum(t, limit)
+
+
+no_later.defjvps(lambda tdot, _, t, limit: tdot, None)
+
+
+def just_before(t: Array) -> Array:
+    """The largest number before t; it moves with t."""
+    fixed = jax.lax.stop_gradient(t)
+    gap = fixed - jnp.nextafter(fixed, jnp.full_like(fixed, -jnp.inf))
+    return t - jnp.where(fixed == 0, jnp.finfo(t.dtype).tiny, gap)  # around 0 the gap is no normal number
 
 
 def at_fraction(params: Params, c: Any) -> Params:

@@ -115,20 +115,20 @@ class Adaptive(Solver):
 
     def init(self, march: Any, problem: Problem, s: State, slope: State | None) -> Progress:
         assert slope is not None
-        rows, ts = march.rows, problem.ts
-        t0, y0 = rows.spread(ts[0]), march.method.read(s)
-        F = lambda t, y: march.F(t, y, problem.params)
-        norm, sign, given = (
-            partial(_norm, rows, march.method.measured, problem.numbers),
-            direction(ts),
-            problem.numbers.get("first_step"),
-        )
-        width = _first_step(march.method.embedded_order or 0, F, norm, t0, sign, jnp.abs(ts[-1] - t0), y0, slope, given)
-        width = jnp.maximum(width, 2 * _resolution(t0))  # a state at rest says nothing about the scale of time
+        t0 = march.rows.spread(problem.ts[0])
+        width = self.first_width(march, problem, t0, march.method.read(s), slope)
         zero = jnp.zeros(t0.shape, jnp.int32)
         errors = (jnp.ones_like(t0),) * (2 if self.dcoeff else 1 if self.pcoeff else 0)
-        h = reach(ts[-1], t0, sign * width)
+        h = reach(problem.ts[-1], t0, width)
         return Progress(t0, h, errors, zero, zero, jnp.zeros((), jnp.int32))
+
+    def first_width(self, march: Any, problem: Problem, t: Array, y: State, slope: State) -> Array:
+        """The width of a first step from t, where no step says how wide it may be."""
+        ts, sign = problem.ts, direction(problem.ts)
+        F = lambda t, y: march.F(t, y, problem.params)
+        norm, given = partial(_norm, march.rows, march.method.measured, problem.numbers), problem.numbers.get("first_step")
+        width = _first_step(march.method.embedded_order or 0, F, norm, t, sign, jnp.abs(ts[-1] - t), y, slope, given)
+        return sign * jnp.maximum(width, 2 * _resolution(t))  # a state at rest says nothing about the scale of time
 
     def running(self, c: Progress, few: int = 0) -> Array:
         """Whether more than `few` rows want another step."""
@@ -148,10 +148,10 @@ class Adaptive(Solver):
         t = jnp.where(accept, t_new, c.t)
         errors = (jnp.maximum(e, 1e-4).astype(h.dtype), *c.errors)
         errors = tuple(jnp.where(accept, a, b) for a, b in zip(errors, c.errors, strict=False))
-        wide = self.proposed(c, accept, h * self._factor(e, c.errors).astype(h.dtype))
+        h = reach(t1, t, h * self._factor(e, c.errors).astype(h.dtype))
         accepted, tried = c.accepted + accept.astype(jnp.int32), c.tried + active.astype(jnp.int32)
-        c = c._replace(t=t, h=reach(t1, t, wide), errors=errors, accepted=accepted, tried=tried, loops=c.loops + 1)
-        return accept, self.judged(march, problem, c, accept, t1, wide)
+        c = c._replace(t=t, h=h, errors=errors, accepted=accepted, tried=tried, loops=c.loops + 1)
+        return accept, self.judged(march, problem, c, accept, t1)
 
     def target(self, march: Any, problem: Problem, c: Any) -> Array:
         """The time that the next step must not pass."""
@@ -161,11 +161,7 @@ class Adaptive(Solver):
         """Rows that want another step."""
         return c.h != 0
 
-    def proposed(self, c: Any, accept: Array, wide: Array) -> Array:
-        """The width of the next step before it is cut at the target."""
-        return wide
-
-    def judged(self, march: Any, problem: Problem, c: Any, accept: Array, t1: Array, wide: Array) -> Any:
+    def judged(self, march: Any, problem: Problem, c: Any, accept: Array, t1: Array) -> Any:
         """The carry after a step was judged."""
         return c
 

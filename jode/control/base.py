@@ -158,7 +158,7 @@ class Solver:
         return 0
 
     def limited(self, march: Any, problem: Problem, grid: Grid, i: Array, window: Window) -> Window:
-        """The window of step i with the last time its stages may see."""
+        """The window of step i with the latest time that its stages may see."""
         return window
 
     def node(self, march: Any, problem: Problem, grid: Grid, i: Array) -> Array:

@@ -88,10 +88,10 @@ def _pull_reset(march: March, problem: Problem, j: Array, s1: State, c: Cotangen
         return c
     at = jnp.maximum(j, 0)
 
+    mark = jnp.where(j >= 0, rows.pick(problem.numbers["marks"], at), -1)
+
     def reset(t: Array, s: State, shared: list) -> State:
-        there = problem._replace(ts=t[None], params=params._replace(shared=shared))
-        marks = rows.spread(rows.pick(problem.numbers["marks"], at))[None]
-        return march.reset(there._replace(numbers={"marks": marks}), jnp.minimum(j, 0), s)
+        return march.reset_by(problem._replace(params=params._replace(shared=shared)), mark, t, s)
 
     _, back = jax.vjp(reset, rows.spread(rows.pick(ts, at)), s1, params.shared)
     tbar, sbar, shared = back(c.s)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jode.control import Grid, Solver, Stats
+from jode.control.adaptive import direction
 from jode.march.values import Carry, Kept, Outcome, Plan, Problem, problem_of
 from jode.method import Method
 from jode.native import Batch
@@ -22,7 +23,7 @@ from jode.runner import Runner
 from jode.tree import State, nan_unless, stack_zeros, take, where
 from jode.tuning import FEW_LEFT, GROUP, grouped, rolled, stops_at_saves
 from jode.turns import in_groups
-from jode.window import Window, at_fraction, at_nodes
+from jode.window import Window, at_fraction, at_nodes, just_before
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,16 +258,22 @@ class March:
 
         After a jump, and where f jumps, a method that carries more than y starts anew.
         """
-        method, rows, params = self.method, self.rows, problem.params
-        if self.jump is None and method.parts == 1:
+        if self.jump is None and self.method.parts == 1:
             return s
         at = jnp.maximum(j, 0)
-        t = rows.spread(rows.pick(problem.ts, at))
-        mark = jnp.where(j >= 0, rows.pick(problem.numbers["marks"], at), -1)
-        y = method.read(s)
+        mark = jnp.where(j >= 0, self.rows.pick(problem.numbers["marks"], at), -1)
+        return self.reset_by(problem, mark, self.rows.spread(self.rows.pick(problem.ts, at)), s)
+
+    def reset_by(self, problem: Problem, mark: Array, t: Array, s: State) -> State:
+        """The method's state after what the mark says happens at t."""
+        method, params, y = self.method, problem.params, self.method.read(s)
         if self.jump is not None:
             y = where(mark > 0, self.jump(t, y, params, jnp.maximum(mark - 1, 0)), y)
-        return where(mark >= 0, method.start(y, lambda: self.F(t, y, params)), s)
+        return where(mark >= 0, method.start(y, lambda: self.F(self.after(problem, t), y, params)), s)
+
+    def after(self, problem: Problem, t: Array) -> Array:
+        """The time that the first stage after what happens at t sees; f is continuous from the right."""
+        return jnp.where(direction(problem.ts) > 0, t, just_before(t))
 
     def invert(self, problem: Problem, grid: Grid, i: Array, s1: State, ys: State) -> State:
         """The state before step i from the state s1 after it; where steps end at save times what was saved there, ys, is exact."""

@@ -1,0 +1,254 @@
+"""Stops, where f jumps, and jumps, where the state is reset: right in value, in every derivative, in batches, at the price of the
+pieces.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jode
+
+FINE = jode.Adaptive(jode.tsit5, 1e-11, 1e-13)
+SOLVERS = {
+    "tsit5": FINE,
+    "dopri8": jode.Adaptive(jode.dopri8, 1e-11, 1e-13),
+    "reversible": jode.Adaptive(jode.Reversible(jode.dopri8), 1e-11, 1e-13),
+    "fixed": jode.Fixed(jode.dopri8, 12),
+}
+TIMES, AMOUNTS = jnp.array([0.0, 0.5, 1.2, 1.2, 3.0, jnp.inf, -1.0]), jnp.array([1.0, 2.0, 3.0, 0.5, 9.0, 9.0, 9.0])
+TS = jnp.array([0.0, 0.3, 1.2, 2.0, 3.0])
+
+
+def decay(t, y, k):
+    return -k * y
+
+
+def add(t, y, k, x):
+    return y + x
+
+
+def doses(solver, k, y0, times, amounts, ts=TS, adjoint=jode.Backprop()):
+    return jode.solve(decay, y0, ts, k, solver=solver, adjoint=adjoint, jumps=(times, add, amounts))
+
+
+def after_doses(t, k, y0, times, amounts):
+    """Those before t apply, and those at ts[0]."""
+    given = ((times < t) & (times >= 0)) | ((times == 0) & (t > 0))
+    gone = jnp.where(given, amounts * jnp.exp(-k * (t - jnp.where(given, times, 0))), 0)
+    return y0 * jnp.exp(-k * t) + jnp.sum(gone)
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_doses_are_the_closed_form_and_so_are_their_gradients(solver):
+    """Doses at the start, at a save time, two at once, at the end (does not apply), never, and before the start."""
+    x = (1.3, 0.7, TIMES, AMOUNTS)
+    sol = jode.check(doses(solver, *x))
+    np.testing.assert_allclose(sol.ys, [after_doses(t, *x) for t in TS], rtol=0, atol=2e-10)
+    # at 1.2 two doses coincide with a save time: what is later than that has smooth derivatives
+    loss = lambda *x: jnp.sum(doses(solver, *x).ys[3:] ** 2)
+    exact = lambda *x: sum(after_doses(t, *x) ** 2 for t in TS[3:])
+    got, want = jax.grad(loss, (0, 1, 2, 3))(*x), jax.grad(exact, (0, 1, 2, 3))(*x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-8), got, want)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11), got, jax.jacfwd(loss, (0, 1, 2, 3))(*x))
+
+
+@pytest.mark.parametrize("solver", [FINE, SOLVERS["fixed"]], ids=["adaptive", "fixed"])
+def test_rows_have_schedules_of_their_own(solver):
+    key = jax.random.key(0)
+    n = 37
+    times = jnp.sort(jax.random.uniform(key, (n, 5), float, 0.0, 3.4), axis=1)
+    k, y0 = jnp.linspace(0.5, 2, n), jnp.linspace(0.1, 1, n)  # a row at rest takes wide steps, and its derivative by y0 is coarse
+    amounts = jax.random.uniform(jax.random.key(1), (5,))
+
+    def loss(k, y0, times, amounts):
+        ys = jax.vmap(lambda k, y0, times: doses(solver, k, y0, times, amounts).ys)(k, y0, times)
+        return jnp.sum(ys[:, 1:] ** 2), ys
+
+    def exact(k, y0, times, amounts):
+        one = lambda k, y0, times: jnp.stack([after_doses(t, k, y0, times, amounts) for t in TS[1:]])
+        return jnp.sum(jax.vmap(one)(k, y0, times) ** 2)
+
+    (value, ys), got = jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(k, y0, times, amounts)
+    one = [doses(solver, k[i], y0[i], times[i], amounts).ys for i in (0, n - 1)]
+    np.testing.assert_allclose(ys[jnp.array([0, n - 1])], one, rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(value, exact(k, y0, times, amounts), rtol=1e-9)
+    want = jax.grad(exact, (0, 1, 2, 3))(k, y0, times, amounts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-8), got, want)
+
+
+@pytest.mark.parametrize("adjoint", [jode.Backprop(None), jode.Backprop(4), jode.MemoryFree()], ids=repr)
+@pytest.mark.parametrize(
+    "solver", [jode.Adaptive(jode.dopri8, 1e-12, 1e-12), jode.Fixed(jode.dopri8, 12)], ids=["adaptive", "fixed"]
+)
+def test_every_discrete_adjoint_goes_back_through_jumps(solver, adjoint):
+    """A reset that loses information, between checkpoints and under inverse steps; found grids in chapters besides."""
+
+    def pendulum(t, y, a):
+        return jnp.stack([y[1], -a * jnp.sin(y[0])])
+
+    def kick(t, y, a, x):
+        return jnp.stack([y[0], x * jnp.cos(t) * y[0] - 0.3 * y[1] ** 2])
+
+    times, xs = jnp.array([0.7, 1.9, 2.5]), jnp.array([0.4, -0.8, 0.3])
+
+    def loss(a, times, xs, adjoint):
+        ys = jode.odeint(
+            pendulum, jnp.array([1.0, 0.2]), (0.0, 1.0, 4.0), a, solver=solver, adjoint=adjoint, jumps=(times, kick, xs)
+        )
+        return jnp.sum(ys[1:] ** 2)
+
+    def pieces(a, times, xs):
+        """By hand, piece by piece."""
+        y, t, total = jnp.array([1.0, 0.2]), jnp.zeros(()), 0.0
+        for end, x in [(times[0], xs[0]), (jnp.ones(()), None), (times[1], xs[1]), (times[2], xs[2]), (4 * jnp.ones(()), None)]:
+            y = jode.odeint(pendulum, y, jnp.stack([t, end]), a, solver=jode.Adaptive(jode.dopri8, 1e-13, 1e-13))[-1]
+            total, t = total + (jnp.sum(y**2) if x is None else 0), end
+            y = y if x is None else kick(end, y, a, x)
+        return total
+
+    got, want = jax.grad(loss, (0, 1, 2))(1.1, times, xs, adjoint), jax.grad(pieces, (0, 1, 2))(1.1, times, xs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-8), got, want)
+
+
+def test_second_derivatives_go_through_jumps():
+    x = (1.3, 0.7, TIMES[1:3], AMOUNTS[1:3])
+    loss = lambda *x: doses(FINE, *x).ys[-1] ** 2
+    exact = lambda *x: after_doses(TS[-1], *x) ** 2
+    for outer in (jax.jacfwd, jax.jacrev):
+        got, want = outer(jax.grad(loss, (0, 2, 3)), (0, 2, 3))(*x), jax.hessian(exact, (0, 2, 3))(*x)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-7), got, want)
+
+
+def test_grids_found_again_in_chapters_have_their_jumps():
+    """More than the 256 steps that are recorded at once, in a batch too large for one table."""
+    times, solver = jnp.linspace(0.05, 2.9, 40), jode.Adaptive(jode.bosh3, 1e-9, 1e-10)
+    k, amounts = jnp.linspace(0.5, 2, 16), jnp.ones(40)
+    ends = lambda k, times: jax.vmap(lambda k: doses(solver, k, 0.7, times, amounts, ts=(0.0, 3.0)).ys[-1])(k)
+    exact = lambda k, times: jax.vmap(lambda k: after_doses(3.0, k, 0.7, times, amounts))(k)
+    assert int(doses(solver, 2.0, 0.7, times, amounts).stats.steps) > 600
+    got, want = (jax.grad(lambda k, times: jnp.sum(f(k, times) ** 2), (0, 1))(k, times) for f in (ends, exact))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), got, want)
+
+
+def square(t, y, a):
+    return jnp.where(jnp.floor(t) % 2 == 0, 1.0, -1.0) - a * y
+
+
+def test_a_square_wave_costs_no_more_than_its_pieces_and_keeps_its_order():
+    stops, ts = jnp.arange(1.0, 9.0), (0.0, 8.0)
+
+    def exact(a):
+        y = 0.0
+        for i in range(8):
+            u = 1.0 if i % 2 == 0 else -1.0
+            y = (y - u / a) * np.exp(-a) + u / a
+        return y
+
+    errors = []
+    for tol in (1e-6, 1e-9):
+        solver = jode.Adaptive(jode.tsit5, tol, tol)
+        sol = jode.solve(square, 0.0, ts, 0.8, solver=solver, stops=stops)
+        errors.append(abs(float(sol.ys[-1]) - exact(0.8)))
+        pieces, y = 0, 0.0
+        for i in range(8):
+            u = 1.0 if i % 2 == 0 else -1.0
+            piece = jode.solve(lambda t, y, a, u=u: u - a * y, y, (float(i), i + 1.0), 0.8, solver=solver)
+            pieces, y = pieces + int(piece.stats.nfe), piece.ys[-1]
+        plain = jode.solve(square, 0.0, ts, 0.8, solver=solver)
+        assert int(sol.stats.nfe) <= min(pieces, int(plain.stats.nfe))
+        assert errors[-1] < 10 * tol
+        assert abs(float(plain.ys[-1]) - exact(0.8)) < 1e3 * tol
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize(
+    "solver", [jode.Adaptive(), jode.Fixed(jode.rk4, 3), jode.Fixed(jode.dopri5, 1)], ids=["adaptive", "rk4", "dopri5"]
+)
+@pytest.mark.parametrize("derivative", [jax.grad, jax.jacfwd], ids=["grad", "jacfwd"])
+def test_the_time_of_a_stop_has_a_gradient(solver, derivative):
+    """y' = a before T and b after: dy(1)/dT = a - b."""
+    f = lambda t, y, p: jnp.where(t < p[2], p[0], p[1])
+    end = lambda T, way=1: jode.odeint(f, 0.0, (0.0, 1.0)[::way], jnp.stack([2.0, -3.0, T]), solver=solver, stops=T[None])[-1]
+    np.testing.assert_allclose(derivative(end)(jnp.float64(0.37)), 5.0, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(derivative(lambda T: end(T, -1))(jnp.float64(0.37)), -5.0, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", [1, -1], ids=["on", "back"])
+def test_an_input_held_between_its_knots_is_solved_to_the_order_of_the_method(way):
+    knots = jnp.linspace(0.0, 2.0, 9)
+    values = jnp.sin(5 * knots)
+    held = lambda t: values[jnp.searchsorted(knots, t, side="right") - 1]
+    f = lambda t, y, a: held(t) - y
+    y, exact = 1.0, [1.0]
+    for i in range(8):
+        u = values[i] if way == 1 else values[7 - i]
+        y = (y - u) * np.exp(-way * 0.25) + u
+        exact.append(y)
+    ys = jode.odeint(f, 1.0, knots[::way], solver=jode.Fixed(jode.dopri5, 1), stops=knots)
+    np.testing.assert_allclose(ys, exact, rtol=0, atol=1e-5)
+    off = jode.odeint(f, 1.0, knots[::way], solver=jode.Fixed(jode.dopri5, 1))
+    assert np.max(np.abs(off - jnp.stack(exact))) > 1e-3
+
+
+def test_a_stop_at_time_zero_separates_what_is_before_and_after():
+    f = lambda t, y, a: jnp.where(t < 0, 1.0, 100.0)
+    for solver in (jode.Adaptive(), jode.Fixed(jode.dopri5, 1)):
+        ys = jode.odeint(f, 0.0, (-1.0, 1.0), solver=solver, stops=[0.0])
+        np.testing.assert_allclose(ys[-1], 101.0, rtol=1e-12)
+
+
+def test_a_pytree_is_observed_through_jumps_by_a_function_with_constants():
+    """What g closes over has a gradient too; what an observer keeps is of steps, and no jump touches it."""
+
+    class Largest(jode.Observer):
+        def init(self, t, y, args):
+            return y["a"]
+
+        def step(self, kept, t, y, args):
+            return jnp.maximum(kept, y["a"])
+
+    def solved(c):
+        g = lambda t, y, args: {"a": y["a"] * c, "b": y["b"]}
+        f = lambda t, y, args: {"a": -y["a"], "b": y["a"] * jnp.ones(2)}
+        y0 = {"a": jnp.ones(()), "b": jnp.zeros(2)}
+        return jode.solve(f, y0, (0.0, 1.0), solver=FINE, observe=Largest(), jumps=([0.5], g))
+
+    sol = solved(3.0)
+    np.testing.assert_allclose(sol.ys["a"][-1], 3 * np.exp(-1), rtol=1e-10)
+    np.testing.assert_allclose(sol.ys["b"][-1], 1 - np.exp(-0.5) + 3 * (np.exp(-0.5) - np.exp(-1)), rtol=1e-9)
+    assert 1 < float(sol.observed) < 3 * np.exp(-0.5)
+    np.testing.assert_allclose(jax.grad(lambda c: solved(c).ys["a"][-1])(3.0), np.exp(-1), rtol=1e-10)
+
+
+def test_wrong_use_is_refused_in_words():
+    f = lambda t, y, args: -y
+    g = lambda t, y, args: 2 * y
+    solve = lambda **kw: jode.solve(f, 1.0, (0.0, 1.0), **kw)
+    with pytest.raises(TypeError, match="jumps must be"):
+        solve(jumps=([0.5], 3.0))
+    with pytest.raises(ValueError, match="stops must be a vector"):
+        solve(stops=0.5)
+    with pytest.raises(ValueError, match="must not be NaN"):
+        solve(stops=[jnp.nan])
+    with pytest.raises(ValueError, match="lead with an entry for each time"):
+        solve(jumps=([0.5], g, jnp.ones(2)))
+    with pytest.raises(ValueError, match="Backsolve"):
+        solve(stops=[0.5], adjoint=jode.Backsolve())
+    with pytest.raises(ValueError, match="starts anew"):
+        solve(stops=[0.5], solver=jode.Fixed(jode.leapfrog, 3), adjoint=jode.MemoryFree())
+    with pytest.raises(TypeError, match=r"g\(t, y, args\) must return the structure"):
+        solve(jumps=([0.5], lambda t, y, args: (y, y)))
+    sol = jax.jit(lambda s: jode.solve(f, 1.0, (0.0, 1.0), stops=s))(jnp.array([jnp.nan]))
+    assert sol.status == jode.Status.invalid_input
+    assert np.isnan(sol.ys).all()
+
+
+def test_a_field_that_fails_after_a_jump_says_so():
+    f = lambda t, y, args: jnp.sqrt(y)
+    for solver in (jode.Adaptive(), jode.Fixed(jode.rk4, 10)):
+        run = lambda x, solver=solver: jode.solve(f, 1.0, (0.0, 0.2, 1.0), solver=solver, jumps=([0.5], lambda t, y, args, x: x, x))
+        sol = jax.vmap(run)(jnp.array([[1.0], [-1.0]]))
+        assert sol.status[0] == 0
+        assert sol.status[1] != 0
+        np.testing.assert_array_equal(np.isnan(sol.ys), [[False] * 3, [False, False, True]])
