@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jode.adjoint import Adjoint, Backprop, MemoryFree
+from jode.adjoint import Adjoint, Backprop
 from jode.control import Adaptive, Solver, Stats, Status
 from jode.control.base import concrete
-from jode.control.stops import merged, stopping
+from jode.control.stops import stopping
 from jode.march import Plan, Problem
 from jode.method import Method
 from jode.observe import Observed, Observer, observing
@@ -314,11 +314,6 @@ def _check_stops(solver: Solver, adjoint: Adjoint) -> None:
         raise ValueError("stops and jumps belong to an ODE, and Layers has no time between its layers: use Fixed or Adaptive")
     if not adjoint.sees_steps:
         raise ValueError(f"{type(adjoint).__name__} solves an ODE without stops or jumps backwards: use jode.Backprop")
-    if isinstance(adjoint, MemoryFree) and solver.method.parts > 1:
-        raise ValueError(
-            f"{solver.method!r} starts anew after a stop or a jump, and MemoryFree cannot go back over that: use jode.Backprop, or a "
-            "Runge-Kutta method"
-        )
 
 
 def _observers(observe: Any) -> tuple[list, Any]:
@@ -345,12 +340,12 @@ def _solve(y0: Any, ts: Array, dynamic: list, static: Any, adjoint: Any, checked
         solver = jax.tree.map(lambda x: x if isinstance(x, int) else jnp.where(valid, x, 1).astype(x.dtype), solver)
     saved, jump = None, None
     if stops is not None or jumps:
-        ts, marks, saved = merged(ts, stops, jumps and jumps[0])
-        solver = stopping(solver, ts, marks)
+        solver, ts, saved = stopping(solver, ts, stops, jumps and jumps[0])
     if jumps:
         args, jump = (args, jumps[2]), _jump_of(jumps[1], bool(observers), jumps[2] is not None)
         f, of = (lambda t, y, args: of(t, y, args[0])), f
-    intervals = ts.shape[0] - 1
+    saves = ts.shape[0] if saved is not None else given.shape[0]
+    intervals = saves - 1
     layers = solver.layers(args, intervals)
     steps = solver.steps_between(intervals, layers)
     whole = observing(f, observers) if observers else f
@@ -359,7 +354,7 @@ def _solve(y0: Any, ts: Array, dynamic: list, static: Any, adjoint: Any, checked
     method = solver.method.for_steps(solver.most_steps(intervals, steps))
     if observers:
         method = Observed(method, layout.leading(len(jax.tree.leaves(y))))
-    plan = Plan(field, replace(solver.static, method=method), layout, ts.shape[0], ts.dtype, steps, weights, effects, kept, jump)
+    plan = Plan(field, replace(solver.static, method=method), layout, saves, ts.dtype, steps, weights, effects, kept, jump)
     outcome = adjoint.solve(plan, Problem(ts, packed, params, solver.numbers))
     stats, status, reached = outcome.stats, outcome.status, outcome.reached
     if valid is not None:

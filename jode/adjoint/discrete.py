@@ -21,6 +21,8 @@ from jode.tree import State, where
 class Discrete(Adjoint):
     """An adjoint that retraces the steps taken."""
 
+    keeps_resets = False  # whether states that are reset must be kept, for their steps are not taken again
+
     def records(self, plan: Plan, rows: int) -> Record | None:
         """What is recorded of the march, if anything is."""
         raise NotImplementedError
@@ -49,7 +51,7 @@ class Discrete(Adjoint):
         return outcome._replace(stats=outcome.stats._replace(nfe_backward=backward))
 
     def record(self, march: March, problem: Problem) -> tuple[Outcome, Kept]:
-        outcome, kept = march.record(problem, self.records(march.plan, march.rows.size or 1))
+        outcome, kept = march.record(problem, self.records(march.plan, march.rows.size or 1), self.keeps_resets)
         return outcome, kept_from_layout(march, kept)
 
     def pull(self, march: March, problem: Problem, outcome: Outcome, kept: Kept, ybar: State) -> tuple:

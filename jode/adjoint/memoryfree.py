@@ -57,6 +57,8 @@ class MemoryFree(Discrete):
         bits = min((jnp.finfo(real_dtype(d)).bits for d in plan.layout.dtypes), default=64)
         return min(math.ceil(math.log(1e4 if bits == 64 else GROWTH) / growth), math.ceil(plan.most / SEGMENTS))
 
+    keeps_resets = True
+
     def again(self, plan: Plan, rows: int, steps: Array) -> Array:
         return steps
 
@@ -67,7 +69,7 @@ class MemoryFree(Discrete):
         keep = self._anchored(march.plan)
 
         def recover(i: Array, s1: State) -> tuple[State, State]:
-            s = march.invert(problem, kept.grid, i, s1, ys)
+            s = march.invert(problem, kept, i, s1, ys)
             if keep:
                 s = where(i % keep == 0, take(kept.states, i // keep), s)
             return s, s

@@ -119,12 +119,13 @@ class Adaptive(Solver):
         width = self.first_width(march, problem, t0, march.method.read(s), slope)
         zero = jnp.zeros(t0.shape, jnp.int32)
         errors = (jnp.ones_like(t0),) * (2 if self.dcoeff else 1 if self.pcoeff else 0)
-        h = reach(problem.ts[-1], t0, width)
+        h = reach(march.save_times(problem)[-1], t0, width)
         return Progress(t0, h, errors, zero, zero, jnp.zeros((), jnp.int32))
 
     def first_width(self, march: Any, problem: Problem, t: Array, y: State, slope: State) -> Array:
         """The width of a first step from t, where no step says how wide it may be."""
-        ts, sign = problem.ts, direction(problem.ts)
+        ts = march.save_times(problem)
+        sign = direction(ts)
         F = lambda t, y: march.F(t, y, problem.params)
         norm, given = partial(_norm, march.rows, march.method.measured, problem.numbers), problem.numbers.get("first_step")
         width = _first_step(march.method.embedded_order or 0, F, norm, t, sign, jnp.abs(ts[-1] - t), y, slope, given)
@@ -151,17 +152,17 @@ class Adaptive(Solver):
         h = reach(t1, t, h * self._factor(e, c.errors).astype(h.dtype))
         accepted, tried = c.accepted + accept.astype(jnp.int32), c.tried + active.astype(jnp.int32)
         c = c._replace(t=t, h=h, errors=errors, accepted=accepted, tried=tried, loops=c.loops + 1)
-        return accept, self.judged(march, problem, c, accept, t1)
+        return accept, self.judged(march, problem, c, accept)
 
     def target(self, march: Any, problem: Problem, c: Any) -> Array:
         """The time that the next step must not pass."""
-        return problem.ts[-1]
+        return march.save_times(problem)[-1]
 
     def wants(self, c: Any) -> Array:
         """Rows that want another step."""
         return c.h != 0
 
-    def judged(self, march: Any, problem: Problem, c: Any, accept: Array, t1: Array) -> Any:
+    def judged(self, march: Any, problem: Problem, c: Any, accept: Array) -> Any:
         """The carry after a step was judged."""
         return c
 
@@ -189,7 +190,7 @@ class Adaptive(Solver):
         unmoved = (p.accepted == 0) & ~rows.finite(slope)
         stuck = jnp.where(unmoved, int(Status.nonfinite_dynamics), int(Status.step_underflow))
         status = jnp.where(p.h == 0, stuck, int(Status.max_steps))
-        status = jnp.where(self.arrived(problem.ts, p), int(Status.success), status)
+        status = jnp.where(self.arrived(march.save_times(problem), p), int(Status.success), status)
         status = jnp.where(rows.finite(march.method.read(c.s)), status, int(Status.nonfinite_state))
         return status.astype(jnp.int32), p.t, p.tried, p.accepted
 

@@ -153,6 +153,10 @@ class Solver:
         """The loop's carry after what happens where rows have come to, of one that does not."""
         return c
 
+    def reset_states(self, carry: Any) -> Any:
+        """The states before resets that were kept, by the times they are of."""
+        return ()
+
     def resets(self, march: Any, problem: Problem, carry: Any) -> Any:
         """Evaluations of f after resets, of each row."""
         return 0

@@ -1,15 +1,15 @@
 """Steps that end at given times, where f jumps or the state is reset: the two controls, stopping there.
 
-The times are among those of `ts`. `marks` says of each what happens there: -1 nothing, 0 f jumps, k the state is reset by jump
-k - 1. f is continuous from the right: at a marked time it is what it is after it, and the stages of the steps that lie before it see
-at most the time just before.
+`marks` say what happens at times of `ts`: -1 nothing, 0 f jumps, k the state is reset by jump k - 1. f is continuous from the right:
+at a marked time it is what it is after it, and stages of the steps that lie before it see at most the time just before. For equal
+steps `ts` is one sequence of save times and others, each with a mark; for steps that are found the others follow the save times, and
+the last of them is the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -19,43 +19,53 @@ from jax import Array
 from jode.control.adaptive import Adaptive, direction, reach
 from jode.control.base import Grid, Solver
 from jode.control.equal import Fixed
-from jode.tree import State, where
+from jode.tree import State, put, stack_zeros, where
 from jode.window import Problem, Window, just_before
 
 
-def stopping(solver: Solver, ts: Array, marks: Array) -> Solver:
-    """The same control, stopping at the marked times; a `TypeError` for one that cannot."""
+def stopping(solver: Solver, ts: Array, stops: Array | None, jumps: Array | None) -> tuple[Solver, Array, Any]:
+    """The same control, stopping at stops and jumps: (solver, times, saved), where `saved` are the places of the save times among
+    the times if these are saved too, else None.
+    """
     numbers = {f.name: getattr(solver, f.name) for f in fields(solver)}
+    times, marks = _marked(ts, stops, jumps)
     if type(solver) is Adaptive:
-        return AdaptiveStops(**numbers, marks=marks)
-    if type(solver) is Fixed:  # whose steps end at all of ts, and so see f before a jump at each that equals a marked time
-        n = marks.shape[0]
-        next_ = jax.lax.cummin(jnp.where(marks >= 0, _index(marks), n), reverse=True)
-        there = jnp.concatenate([ts, ts[:1] * jnp.nan])[next_] == ts
-        return FixedStops(**numbers, marks=jnp.where(there, jnp.maximum(marks, 0), marks))
-    raise TypeError(f"stops and jumps need jode.Fixed or jode.Adaptive, got {solver!r}")
+        return AdaptiveStops(**numbers, marks=marks), jnp.concatenate([ts, times]), None
+    if type(solver) is not Fixed:
+        raise TypeError(f"stops and jumps need jode.Fixed or jode.Adaptive, got {solver!r}")
+    times, marks = (
+        jnp.concatenate([ts, times[:-1]]),
+        marks[:-1],
+    )  # of equal times save times come first: a state is saved before it jumps
+    marks = jnp.concatenate([jnp.full(ts.shape, -1, jnp.int32), marks])
+    order = jnp.argsort(jax.lax.stop_gradient(direction(ts) * times), stable=True)
+    times, marks, n = times[order], marks[order], marks.shape[0]
+    next_ = jax.lax.cummin(jnp.where(marks >= 0, _index(marks), n), reverse=True)
+    there = jnp.concatenate([times, times[:1] * jnp.nan])[next_] == times  # steps that end at an equal save time see f before it
+    marks = jnp.where(there, jnp.maximum(marks, 0), marks)
+    return FixedStops(**numbers, marks=marks), times, jnp.argsort(order)[: ts.shape[0]]
 
 
-def merged(ts: Array, stops: Array | None, jumps: Array | None) -> tuple[Array, Array, Array]:
-    """(times, marks, saved): save times, stops and jump times in one order, what happens at each, and where the save times are.
+def _marked(ts: Array, stops: Array | None, jumps: Array | None) -> tuple[Array, Array]:
+    """Stops and jump times in order, and their marks. Of equal ones stops come first, then jumps as they were given.
 
-    Of equal times save times come first, then stops, then jumps as they were given. Jumps apply from ts[0] on and before ts[-1], and
-    stops matter to what lies below them. The others are moved to the nearest end, where nothing happens.
+    Jumps apply from ts[0] on and before ts[-1]; stops matter to steps that lie below them. The others come last, at ts[-1], where
+    nothing happens but that f may jump; and so does one more, ts[-1] itself.
     """
     t0, t1, sign = ts[0], ts[-1], direction(ts)
-    parts, marks = [ts], [jnp.full(ts.shape, -1, jnp.int32)]
+    parts, marks = [], []
     if stops is not None:
         parts.append(stops)
-        marks.append(jnp.where((stops > jnp.minimum(t0, t1)) & (stops <= jnp.maximum(t0, t1)), 0, -1).astype(jnp.int32))
+        within = (stops > jnp.minimum(t0, t1)) & (stops < jnp.maximum(t0, t1)) | ((stops == t0) & (sign < 0))
+        marks.append(jnp.where(within, 0, -1).astype(jnp.int32))
     if jumps is not None:
         parts.append(jumps)
-        within = (sign * (jumps - t0) >= 0) & (sign * (jumps - t1) < 0)
-        marks.append(jnp.where(within, 1 + _index(jumps), -1))
-    times, what = jnp.concatenate(parts), jnp.concatenate(marks)
-    inside = (what >= 0) | (_index(times) < ts.shape[0])
-    times = jnp.where(inside, times, jnp.where(sign * (times - t0) <= 0, t0, t1))
-    order = jnp.argsort(jax.lax.stop_gradient(sign * times), stable=True)
-    return times[order], what[order], jnp.argsort(order)[: ts.shape[0]]
+        marks.append(jnp.where((sign * (jumps - t0) >= 0) & (sign * (jumps - t1) < 0), 1 + _index(jumps), -1))
+    times, marks = jnp.concatenate([*parts, t1[None]]), jnp.concatenate([*marks, jnp.full(1, -1, jnp.int32)])
+    times, rest = jnp.where(marks >= 0, times, t1), marks < 0
+    order = jnp.lexsort((rest, jax.lax.stop_gradient(sign * times)))
+    jumps_there = jnp.any(stops == t1) & (sign > 0) if stops is not None else False
+    return times[order], jnp.where(rest, jnp.where(jumps_there, 0, -1), marks)[order].astype(jnp.int32)
 
 
 @jax.tree_util.register_dataclass
@@ -81,20 +91,29 @@ class FixedStops(Fixed):
 
     def limited(self, march: Any, problem: Problem, grid: Grid, i: Array, window: Window) -> Window:
         j = i // self.bound(march, problem)
-        later = jnp.where(direction(problem.ts) > 0, j + 1, j)
-        return replace(window, limit=latest(march, problem, march.rows.spread(later)))
+        later = march.rows.spread(jnp.where(direction(problem.ts) > 0, j + 1, j))
+        end = march.rows.pick(problem.ts, later)
+        return replace(window, limit=jnp.where(march.mark(problem, later) >= 0, just_before(end), end))
 
     def node(self, march: Any, problem: Problem, grid: Grid, i: Array) -> Array:
         bound = self.bound(march, problem)  # rows that take fewer steps stand still up to the last
         return march.rows.spread(jnp.where(i % bound == bound - 1, i // bound + 1, -1))
 
+    def init(self, march: Any, problem: Problem, s: State, slope: State | None) -> Any:
+        return stack_zeros(march.plan.saves, s) if march.keeps_resets else ()
+
     def between(self, march: Any, problem: Problem, j: Array, c: Any) -> Any:
-        return c._replace(s=march.reset(problem, march.rows.spread(jnp.asarray(j, jnp.int32)), c.s))
+        kept = put(c.control, j, c.s) if march.keeps_resets else ()
+        return c._replace(s=march.reset(problem, march.rows.spread(jnp.asarray(j, jnp.int32)), c.s), control=kept)
+
+    def reset_states(self, carry: Any) -> Any:
+        return carry
 
 
 class Stopped(NamedTuple):
-    """A `Progress`, and in columns: the next time of ts where something happens, or the last; which of ts the row stands at (-1:
-    none); whether it wants another step; and whether it waits for what happens here.
+    """A `Progress`, and in columns: how many of the marked times are behind; which of ts the row stands at (-1: none); the next time,
+    and what happens there; whether the row wants another step; and whether it waits for what happens where it is. before: the states
+    that were reset, where they are kept.
     """
 
     t: Array
@@ -103,10 +122,13 @@ class Stopped(NamedTuple):
     accepted: Array
     tried: Array
     loops: Array
-    next: Array
+    behind: Array
     node: Array
+    end: Array
+    mark: Array
     wanted: Array
     waits: Array
+    before: Any
 
 
 @jax.tree_util.register_dataclass
@@ -124,46 +146,53 @@ class AdaptiveStops(Adaptive):
 
     def init(self, march: Any, problem: Problem, s: State, slope: State | None) -> Stopped:
         p = super().init(march, problem, s, slope)
-        zero = jnp.zeros(p.t.shape, jnp.int32)
-        next_ = following(march, problem, zero)
-        t1 = march.rows.pick(problem.ts, next_)
-        wanted = (p.h != 0) | ((t1 == p.t) & march.rows.finite(slope or ()))
-        p = p._replace(h=reach(t1, p.t, p.h))
-        return Stopped(*p, next=next_, node=zero, wanted=wanted, waits=jnp.zeros(p.t.shape, bool))
+        zero, no = jnp.zeros(p.t.shape, jnp.int32), jnp.zeros(p.t.shape, bool)
+        kept = stack_zeros(problem.numbers["marks"].shape[0], s) if march.keeps_resets else ()
+        c = Stopped(*p, behind=zero, node=zero, end=p.t, mark=zero, wanted=no, waits=no, before=kept)
+        return self._towards(march, problem, c, p.h, slope or ())
+
+    def _towards(self, march: Any, problem: Problem, c: Stopped, width: Array, slope: State) -> Stopped:
+        """The carry of a row that starts with a step so wide towards its next time, which may be the time it is at."""
+        end = march.rows.spread(march.rows.pick(problem.ts, march.plan.saves + c.behind))
+        mark = march.rows.spread(march.rows.pick(problem.numbers["marks"], c.behind))
+        h = reach(end, c.t, width)
+        wanted = (h != 0) | ((end == c.t) & march.rows.finite(slope))
+        return c._replace(h=h, end=end, mark=mark, wanted=wanted, waits=jnp.zeros_like(c.waits))
 
     def window(self, march: Any, problem: Problem, place: None, carry: Stopped) -> Window:
-        window = super().window(march, problem, place, carry)
-        later = jnp.where(direction(problem.ts) > 0, carry.next, carry.node)
-        return replace(window, limit=latest(march, problem, later, window.t))
+        window, c = super().window(march, problem, place, carry), carry  # pyright: ignore
+        before = lambda happens, t: jnp.where(happens, just_before(t), t)
+        on, back = before(c.mark >= 0, c.end), before(c.node >= march.plan.saves, c.t)
+        return replace(window, limit=jnp.where(direction(march.save_times(problem)) > 0, on, back))
 
     def target(self, march: Any, problem: Problem, c: Stopped) -> Array:
-        return march.rows.pick(problem.ts, c.next)
+        return c.end
 
     def wants(self, c: Stopped) -> Array:
         return c.wanted
 
-    def judged(self, march: Any, problem: Problem, c: Stopped, accept: Array, t1: Array) -> Stopped:
-        there = accept & (c.t == t1)
-        waits = there & (c.next < problem.ts.shape[0] - 1)
-        node = jnp.where(accept, jnp.where(there, c.next, -1), c.node)
+    def judged(self, march: Any, problem: Problem, c: Stopped, accept: Array) -> Stopped:
+        there = accept & (c.t == c.end)
+        waits = there & (c.mark >= 0) & (c.t != march.save_times(problem)[-1])
+        node = jnp.where(accept, jnp.where(there, march.plan.saves + c.behind, -1), c.node)
         return c._replace(node=node, wanted=waits | (c.h != 0), waits=waits)
 
     def serve(self, march: Any, problem: Problem, c: Any) -> Any:
         """Reset rows that wait, evaluate their slope and choose their first step anew, and go on to the next time."""
-        p, rows, method = c.control, march.rows, march.method
-        s = march.reset(problem, jnp.where(p.waits, p.node, -1), c.s)
+        p, method = c.control, march.method
+        s = march.reset_by(problem, jnp.where(p.waits, p.mark, -1), p.t, c.s)
         y = method.read(s)
         slope = march.F(march.after(problem, p.t), y, problem.params)
-        next_ = jnp.where(p.waits, following(march, problem, p.node), p.next)
-        t1 = rows.pick(problem.ts, next_)
-        h = reach(t1, p.t, self.first_width(march, problem, p.t, y, slope))
-        control = p._replace(
-            h=jnp.where(p.waits, h, p.h),
-            next=next_,
-            wanted=jnp.where(p.waits, (h != 0) | ((t1 == p.t) & rows.finite(slope)), p.wanted),
-            waits=jnp.zeros_like(p.waits),
-        )
-        return c._replace(s=s, slope=where(p.waits, method.reused(slope), c.slope), control=control)
+        width = self.first_width(march, problem, p.t, y, slope)
+        on = self._towards(march, problem, p._replace(behind=p.behind + p.waits.astype(jnp.int32)), width, slope)
+        if march.keeps_resets:  # the last entry, that of the end, takes what is not wanted
+            at = jnp.where(p.waits, p.behind, problem.numbers["marks"].shape[0] - 1)
+            on = on._replace(before=tuple(march.rows.write(table, at, x) for table, x in zip(p.before, c.s, strict=True)))
+        on = on._replace(h=jnp.where(p.waits, on.h, p.h), wanted=jnp.where(p.waits, on.wanted, p.wanted))
+        return c._replace(s=s, slope=where(p.waits, method.reused(slope), c.slope), control=on)
+
+    def reset_states(self, carry: Stopped) -> Any:
+        return carry.before
 
     def running(self, c: Stopped, few: int = 0) -> Array:
         return (c.loops < self.max_steps) & (jnp.sum(c.wanted, dtype=jnp.int32) > few)
@@ -172,9 +201,7 @@ class AdaptiveStops(Adaptive):
         return carry.wanted & (carry.loops < self.max_steps)
 
     def resets(self, march: Any, problem: Problem, carry: Stopped) -> Array:
-        marks = problem.numbers["marks"]
-        passed = jax.vmap(lambda mark, i: (mark >= 0) & (i < carry.next))(marks, _index(marks))
-        return self.nfe_start * jnp.sum(passed, axis=0, dtype=jnp.int32)
+        return self.nfe_start * carry.behind
 
     def report(self, march: Any, problem: Problem, c: Any, good: Array, slope: State) -> tuple[Array, Array, Array, Array]:
         p = c.control  # a row that still waits has no width, and is not stuck
@@ -192,8 +219,14 @@ class AdaptiveStops(Adaptive):
 
     def limited(self, march: Any, problem: Problem, grid: Grid, i: Array, window: Window) -> Window:
         p, q = _nodes(grid, i)
-        on = direction(problem.ts) > 0
-        return replace(window, limit=latest(march, problem, jnp.where(on, q, p), jnp.where(on, window.t + window.h, window.t)))
+        on = direction(march.save_times(problem)) > 0
+        end = jnp.where(on, window.t + window.h, window.t)
+        return replace(window, limit=self._latest(march, problem, jnp.where(on, q, p), end))
+
+    def _latest(self, march: Any, problem: Problem, j: Array, end: Array) -> Array:
+        """The latest time for stages of steps whose later end is ts[j]; that of others, and where nothing happens, is their end."""
+        t = march.rows.pick(problem.ts, jnp.maximum(j, 0))
+        return jnp.where(j < 0, end, jnp.where(march.mark(problem, j) >= 0, just_before(t), t))
 
     def node(self, march: Any, problem: Problem, grid: Grid, i: Array) -> Array:
         p, q = _nodes(grid, i)
@@ -204,25 +237,6 @@ def _nodes(grid: Grid, i: Array) -> tuple[Array, Array]:
     """Which of ts rows stand at before and after slot i."""
     table, first = grid.nodes
     return jnp.where(i == 0, first, table[jnp.maximum(i - 1, 0)]), table[i]
-
-
-def latest(march: Any, problem: Problem, j: Array, end: Any = None) -> Array:
-    """The latest time for stages of steps whose later end is ts[j], a column; that end itself where nothing happens there.
-
-    end: the later end of rows where j is -1.
-    """
-    rows, at = march.rows, jnp.maximum(j, 0)
-    t = rows.pick(problem.ts, at)
-    t = jnp.where(rows.pick(problem.numbers["marks"], at) >= 0, just_before(t), t)
-    return t if end is None else jnp.where(j >= 0, t, end)
-
-
-def following(march: Any, problem: Problem, j: Array) -> Array:
-    """The next time of ts after the j-th where something happens, or the last one."""
-    marks = problem.numbers["marks"]
-    last = marks.shape[0] - 1
-    ahead = jax.vmap(lambda mark, i: jnp.where((i > j) & (mark >= 0), i, last))(marks, _index(marks))
-    return jnp.min(ahead, axis=0)
 
 
 def _index(x: Array) -> Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -39,11 +38,10 @@ def pull(
     if solver.marked:
         c = _pull_reset(march, problem, solver.node(march, problem, grid, i), march.still(problem, window, s, s1), c)
         sbar = c.s
-    if solver.lands:
-        if march.plan.saves > 2:
-            bound = solver.bound(march, problem)
-            landed = (i % bound == bound - 1) & (q < march.plan.saves - 1)
-            sbar = where(landed, _saved(march, sbar, take(g, q)), sbar)
+    if solver.lands and march.plan.saves > 2:
+        bound = solver.bound(march, problem)
+        landed = (i % bound == bound - 1) & (q < march.plan.saves - 1)
+        sbar = where(landed, _saved(march, sbar, take(g, q)), sbar)
     bars = Bars(jnp.zeros_like(h), jnp.zeros_like(t), zeros_like(s), (), c.ts)
     if march.saves:
         assert K is not None
@@ -88,7 +86,7 @@ def _pull_reset(march: March, problem: Problem, j: Array, s1: State, c: Cotangen
         return c
     at = jnp.maximum(j, 0)
 
-    mark = jnp.where(j >= 0, rows.pick(problem.numbers["marks"], at), -1)
+    mark = march.mark(problem, j)
 
     def reset(t: Array, s: State, shared: list) -> State:
         return march.reset_by(problem._replace(params=params._replace(shared=shared)), mark, t, s)
@@ -118,18 +116,18 @@ def at_initial(march: March, problem: Problem, g: State, c: Cotangents) -> Cotan
 
     If such a save time moved on, the state saved would move along the slope there.
     """
-    ts, rows, params = problem.ts, march.rows, problem.params
+    ts, rows, params = march.save_times(problem), march.rows, problem.params
     if march.solver.lands or not g:
         ybar = tuple(x[0] for x in g)
     else:
         there = tuple(jnp.where(beside(at_start(ts), x), x, 0).astype(x.dtype) for x in g)
         slope = march.slope(problem)
         moved = jax.vmap(lambda x: rows.total(inner(rows, slope, x).astype(ts.dtype), ts[0]))(tuple(x[1:] for x in there))
-        c = c._replace(ts=c.ts.at[1:].add(moved).at[0].add(-jnp.sum(moved, axis=0)))
+        c = c._replace(ts=c.ts.at[1 : ts.shape[0]].add(moved).at[0].add(-jnp.sum(moved, axis=0)))
         ybar = tuple(jnp.sum(x[:-1], axis=0) for x in there)
 
     def begin(t0: Array, y0: State, shared: list, layers: list) -> State:
-        return march.initial(Problem(ts.at[0].set(t0), y0, params._replace(shared=shared, layers=layers), problem.numbers))
+        return march.initial(Problem(problem.ts.at[0].set(t0), y0, params._replace(shared=shared, layers=layers), problem.numbers))
 
     _, back = jax.vjp(begin, ts[0], problem.y0, params.shared, params.layers)
     tbar, sbar, shared, layers = back(c.s)

@@ -67,7 +67,9 @@ class Loop:
         """Step while the control says that it is running, and serve observers that wait where they are due, then the control."""
         march, problem, waiting, marked = self.march, self.problem, self.waiting, self.march.solver.marked
         step = partial(self.attempt, None)
-        if not (waiting or marked):
+        if not waiting and march.rows.size is not None:  # nearly always some row is where something happens
+            step = lambda c: march.solver.serve(march, problem, self.attempt(None, c))
+        if not waiting and (not marked or march.rows.size is not None):
             return march.runner.until(lambda c: ~running(c.control), step, c)
 
         def serve(c: Carry) -> Carry:
@@ -102,6 +104,7 @@ class March:
     F: Callable  # the vector field of all rows, (t, y, params), traced once however many stages ask for it
     kept: Callable | None = None  # what observers keep, of all rows
     jump: Callable | None = None  # the state after jump k, of all rows: (t, y, params, k)
+    keeps_resets: bool = False  # whether states that are reset are kept, for a way back that cannot take the step again
     few: int = 0  # the loop ends where no more rows than this want another step
 
     @classmethod
@@ -127,6 +130,11 @@ class March:
         """The step of width h from t, the i-th of all."""
         params = at_nodes(problem.params, i, self.plan.degree) if i is not None else problem.params
         return Window(self.F, self.rows, t, h, params, kept=self.kept)
+
+    def save_times(self, problem: Problem) -> Array:
+        """The save times, which come first among the given ones."""
+        n = self.plan.saves
+        return problem.ts if problem.ts.shape[0] == n else problem.ts[:n]
 
     def slope(self, problem: Problem) -> State:
         """The slope at the initial time."""
@@ -188,19 +196,22 @@ class March:
     def run(self, problem: Problem) -> Outcome:
         return self.outcome(problem, *self.march(problem, self.saves))
 
-    def record(self, problem: Problem, record: Record | None) -> tuple[Outcome, Kept]:
-        """The outcome, and what the record kept."""
+    def record(self, problem: Problem, record: Record | None, resets: bool = False) -> tuple[Outcome, Kept]:
+        """The outcome, and what the record kept; with `resets` also the states that were reset."""
         watches = self.saves if record is None else (*self.saves, record)
-        c, saved, slope = self.march(problem, watches)
+        keeping = replace(self, keeps_resets=resets and self.solver.marked)
+        c, saved, slope = keeping.march(problem, watches)
         outcome = self.outcome(problem, c, saved, slope)
         kept = Recorded((), (), (), ()) if record is None else c.observed[-1]
         grid = Grid((), (), (), (), (), ())
         if not self.solver.lands:
-            arrived, start = self.solver.arrived(problem.ts, c.control), self.rows.spread(problem.ts[0])
+            arrived = self.solver.arrived(self.save_times(problem), c.control)
+            start = self.rows.spread(problem.ts[0])
             nodes = (kept.nodes, jnp.zeros_like(node_of(c.control))) if self.solver.marked else ()
             grid = Grid(kept.slots, kept.times, start, c.control.accepted, arrived, c.control.loops, nodes)
         states = kept.states or stack_zeros(0, c.s)
-        return outcome, Kept(grid, c.s, states, kept.chapters or stack_zeros(0, chapter_start(c)))
+        before = self.solver.reset_states(c.control) if keeping.keeps_resets else ()
+        return outcome, Kept(grid, c.s, states, kept.chapters or stack_zeros(0, chapter_start(c)), (), before)
 
     @property
     def saves(self) -> tuple[Interpolated, ...]:
@@ -218,7 +229,7 @@ class March:
             first = tuple(nan_unless(good, x) for x in problem.y0), good
             ys, good = jax.tree.map(lambda x, z: jnp.concatenate([x[None], z]), first, saved)
         else:
-            arrived = solver.arrived(problem.ts, c.control)
+            arrived = solver.arrived(self.save_times(problem), c.control)
             end = tuple(nan_unless(arrived, x) for x in method.read(c.s))
             middle = tuple(jnp.zeros((0, *x.shape), x.dtype) for x in end)
             if self.saves:
@@ -260,9 +271,14 @@ class March:
         """
         if self.jump is None and self.method.parts == 1:
             return s
-        at = jnp.maximum(j, 0)
-        mark = jnp.where(j >= 0, self.rows.pick(problem.numbers["marks"], at), -1)
-        return self.reset_by(problem, mark, self.rows.spread(self.rows.pick(problem.ts, at)), s)
+        t = self.rows.spread(self.rows.pick(problem.ts, jnp.maximum(j, 0)))
+        return self.reset_by(problem, self.mark(problem, j), t, s)
+
+    def mark(self, problem: Problem, j: Array) -> Array:
+        """What happens at ts[j], a column; nothing where j is -1. Marks are those of the last of ts."""
+        marks = problem.numbers["marks"]
+        at = j - (problem.ts.shape[0] - marks.shape[0])
+        return jnp.where(at >= 0, self.rows.pick(marks, jnp.maximum(at, 0)), -1)
 
     def reset_by(self, problem: Problem, mark: Array, t: Array, s: State) -> State:
         """The method's state after what the mark says happens at t."""
@@ -273,16 +289,18 @@ class March:
 
     def after(self, problem: Problem, t: Array) -> Array:
         """The time that the first stage after what happens at t sees; f is continuous from the right."""
-        return jnp.where(direction(problem.ts) > 0, t, just_before(t))
+        return jnp.where(direction(self.save_times(problem)) > 0, t, just_before(t))
 
-    def invert(self, problem: Problem, grid: Grid, i: Array, s1: State, ys: State) -> State:
+    def invert(self, problem: Problem, kept: Kept, i: Array, s1: State, ys: State) -> State:
         """The state before step i from the state s1 after it; where steps end at save times what was saved there, ys, is exact."""
+        grid = kept.grid
         if self.solver.lands and self.method.parts == 1:
             bound = self.solver.bound(self, problem)
             s1 = where((i + 1) % bound == 0, take(ys, (i + 1) // bound), s1)
-        elif self.solver.marked and self.jump is not None:  # the state saved there is that before the jump
+        elif kept.resets:
             j = self.solver.node(self, problem, grid, i)
-            s1 = where(j >= 0, tuple(self.rows.pick_state(y, jnp.maximum(j, 0)) for y in ys), s1)
+            at = jnp.maximum(j - (problem.ts.shape[0] - kept.resets[0].shape[0]), 0)
+            s1 = where(j >= 0, tuple(self.rows.pick_state(x, at) for x in kept.resets), s1)
         window = self._window(problem, grid, i)
         return self.still(problem, window, s1, self.method.inverse(window, s1))
 

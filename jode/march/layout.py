@@ -59,14 +59,15 @@ def kept_to_layout(march: March, kept: Kept) -> Kept:
 
 def _kept(march: March, kept: Kept, shared: Callable, columns: Callable, states: Callable) -> Kept:
     """The same functions of all that rows share, of their numbers and of their states."""
-    grid, last, table, chapters, _ = kept
+    grid, last, table, chapters, _, resets = kept
     if not march.solver.lands:
         times, start, accepted, arrived = map(columns, grid[1:5])
         nodes = jax.tree.map(columns, grid.nodes)
         grid = Grid(shared(grid.slots), times, start, accepted, arrived, shared(grid.loops), nodes)
     s, slope, control = chapters
     chapters = (*jax.tree.map(lambda x: states(x, 1), (s, slope)), jax.tree.map(columns, control))
-    return Kept(grid, jax.tree.map(lambda x: states(x, 0), last), jax.tree.map(lambda x: states(x, 1), table), chapters)
+    stacked = lambda table: jax.tree.map(lambda x: states(x, 1), table)
+    return Kept(grid, jax.tree.map(lambda x: states(x, 0), last), stacked(table), chapters, (), stacked(resets))
 
 
 def cotangents_from_layout(march: March, c: Cotangents) -> tuple:

@@ -75,7 +75,7 @@ class Carry(NamedTuple):
 
 class Kept(NamedTuple):
     """What the way back needs: the grid, and the states kept, of the last chapter; the last state, and where the chapters start.
-    first: of a chapter, its first state. What is not kept is a table without entries, so that every batch keeps the same arrays.
+    first: of a chapter, its first state. resets: the states before resets. What is not kept is a table without entries, so that every batch keeps the same arrays.
     """
 
     grid: Grid
@@ -83,6 +83,7 @@ class Kept(NamedTuple):
     states: State
     chapters: Any
     first: State = ()
+    resets: Any = ()
 
 
 class Cotangents(NamedTuple):

@@ -82,4 +82,4 @@ def node_of(control: Any) -> Any:
 
 def chapter_start(c: Any) -> tuple:
     """What the loop carries at the start of a chapter; how often it has run follows from the chapter."""
-    return c.s, c.slope, c.control and c.control._replace(loops=())
+    return c.s, c.slope, c.control._replace(loops=()) if hasattr(c.control, "loops") else ()

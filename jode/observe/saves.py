@@ -42,14 +42,14 @@ class Interpolated(Watch):
     by_row = True
 
     def init(self, march: Any, problem: Problem, c: Any) -> Saves:
-        ts, y0, rows = problem.ts, problem.y0, march.rows
+        ts, y0, rows = march.save_times(problem), problem.y0, march.rows
         same = at_start(ts)[1:-1]
         ys = tuple(jnp.where(beside(same, x[None]), x[None], jnp.zeros_like(x)[None]) for x in y0)
         zero = rows.spread(jnp.zeros((), jnp.int32))
         return Saves(1 + rows.spread(jnp.sum(same, axis=0)).astype(jnp.int32), zero, ys)
 
     def _pending(self, march: Any, problem: Problem, j: Array, t: Array) -> Array:
-        ts = problem.ts
+        ts = march.save_times(problem)
         return (j < ts.shape[0] - 1) & (direction(ts) * (march.rows.pick(ts, j) - t) <= 0)
 
     @property
@@ -57,7 +57,7 @@ class Interpolated(Watch):
         return not self.waits
 
     def due(self, march: Any, problem: Problem, carry: Saves, c: Any) -> Callable[[Any], Array]:
-        ts, j = problem.ts, carry.next
+        ts, j = march.save_times(problem), carry.next
         sign, next_, more = direction(ts), march.rows.pick(ts, j), j < ts.shape[0] - 1
         return lambda control: jnp.any(more & (sign * (next_ - control.t) <= 0))
 
@@ -67,7 +67,7 @@ class Interpolated(Watch):
 
     def step(self, march: Any, problem: Problem, carry: Saves, seen: Seen) -> Saves:
         """Interpolate at every interior save time that the accepted step has passed."""
-        method, rows, ts = march.method, march.rows, problem.ts
+        method, rows, ts = march.method, march.rows, march.save_times(problem)
         window, s, inner = seen.window, seen.s, ts.shape[0] - 1
         pending = lambda j: self._pending(march, problem, j, seen.t)
         due = pending(carry.next)
@@ -102,7 +102,7 @@ class Interpolated(Watch):
         """The transpose: cotangents g of the states saved within a step, given its slopes K, stacked; j is the last save not
         pulled.
         """
-        method, rows, ts = march.method, march.rows, problem.ts
+        method, rows, ts = march.method, march.rows, march.save_times(problem)
         a, h, s = seen.window.t, seen.window.h, seen.s
 
         def pending(j: Array) -> Array:
