@@ -25,7 +25,7 @@ from jode.method import (
     rk4,
     tsit5,
 )
-from jode.observe import Observer
+from jode.observe import Dense, Observer, Steps
 from jode.runner import Compiled, Eager, Runner
 from jode.tableau import Tableau
 
@@ -50,6 +50,7 @@ __all__ = [
     "Backprop",
     "Backsolve",
     "Compiled",
+    "Dense",
     "Eager",
     "Fixed",
     "Layers",
@@ -65,6 +66,7 @@ __all__ = [
     "Stats",
     "Status",
     "Step",
+    "Steps",
     "Tableau",
     "bosh3",
     "check",

@@ -23,7 +23,7 @@ from jode.control.base import concrete
 from jode.control.stops import stopping
 from jode.march import Plan, Problem
 from jode.method import Method
-from jode.observe import Observed, Observer, observing
+from jode.observe import Observed, Observer, Table, observing
 from jode.tree import Layout, State, hashable, is_inexact, merge, nan_unless, partition, widest
 from jode.window import Params
 
@@ -82,9 +82,9 @@ def solve(
             stage after it the time itself, for f is taken as continuous from the right (solving backwards in time too: the time
             itself belongs to what is later). Gradients flow to them.
         jumps: (times, g), or (times, g, xs): at each of the times y becomes g(t, y, args), or g(t, y, args, x) with x the entry
-            of that time in the pytree xs, whose arrays lead with an axis for times. A state saved at a jump is that before it. Jumps
-            at ts[0] apply, at ts[-1] they do not; equal ones apply in the order given. Stops and jumps outside of ts are ignored,
-            so that infinity pads rows that have fewer. Gradients flow to the times, to xs and to what g reads.
+            of that time in the pytree xs, whose arrays lead with an axis for times. A state saved at a jump is that before it.
+            Jumps at ts[0] apply, at ts[-1] they do not; equal ones apply in the order given. Stops and jumps outside of ts are
+            ignored, so that infinity pads rows that have fewer. Gradients flow to the times, to xs and to what g reads.
 
     Returns:
         A `Solution`. A trajectory that failed is NaN from the failing time on and `status` says why; see `jode.check`. What is
@@ -100,15 +100,15 @@ def solve(
     y0 = _state(y0)
     ts = _times(ts, y0)
     solver = solver.checked(y0)
-    observers, places = _observers(observe)
-    if observers and not adjoint.sees_steps:
+    observers, watches, places = _observers(observe)
+    if (observers or watches) and not adjoint.sees_steps:
         raise ValueError(
             f"observers see steps, and the gradient of {type(adjoint).__name__} is not that of the steps: use jode.Backprop"
         )
     stops, jumps = _stops(stops, ts), _jumps(jumps, ts)
     if stops is not None or jumps:
         _check_stops(solver, adjoint)
-    dynamic, static = partition((f, args, solver, observers, places, stops, jumps), DATA)
+    dynamic, static = partition((f, args, solver, observers, watches, places, stops, jumps), DATA)
     dynamic = [jnp.asarray(x) for x in dynamic]
     untraced = not (_holds_tracers(f) or (jumps and _holds_tracers(jumps[1])))
     run = _solve_jitted if hashable((static, adjoint)) and untraced else _solve
@@ -170,6 +170,7 @@ _REMEDIES = {
     "or the problem is stiff and wants an implicit solver; if none of these, give ts in float64, or measure time from ts[0]",
     Status.nonfinite_dynamics: "f returned NaN or infinity at the initial state: check y0, args and the domain of f",
     Status.nonfinite_state: "the state became NaN or infinite: check y0, take smaller steps, or use Adaptive",
+    Status.capacity: "an observer had no room for all steps: give it a larger capacity",
     Status.invalid_input: "numbers known only at run time are out of range: ts must be finite and increase throughout or decrease "
     "throughout, Fixed's steps lie between 1 and max_steps, Adaptive's tolerances and first_step not be negative, nor both "
     "tolerances zero",
@@ -316,17 +317,42 @@ def _check_stops(solver: Solver, adjoint: Adjoint) -> None:
         raise ValueError(f"{type(adjoint).__name__} solves an ODE without stops or jumps backwards: use jode.Backprop")
 
 
-def _observers(observe: Any) -> tuple[list, Any]:
-    """The observers, and their places in a pytree."""
-    observers, treedef = jax.tree.flatten(observe, is_leaf=lambda x: isinstance(x, Observer))
-    for o in observers:
-        if not isinstance(o, Observer):
-            raise TypeError(f"observe must be a jode.Observer or a pytree of them, got {type(o).__name__}")
-    return observers, treedef
+def _observers(observe: Any) -> tuple[list, list, Any]:
+    """Observers that are marched beside the state, those inside the loop, and how their results become one pytree."""
+    leaves, treedef = jax.tree.flatten(observe, is_leaf=lambda x: isinstance(x, (Observer, Table)))
+    for o in leaves:
+        if not isinstance(o, (Observer, Table)):
+            raise TypeError(f"observe must be an observer such as jode.Steps() or a pytree of them, got {type(o).__name__}")
+    folds = tuple(isinstance(o, Observer) for o in leaves)
+    return [o for o in leaves if isinstance(o, Observer)], [o for o in leaves if isinstance(o, Table)], _Places(treedef, folds)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where in `observe` each observer is, and whether it is marched beside the state."""
+
+    treedef: Any
+    folds: tuple[bool, ...]
+
+    def __call__(self, beside: list, inside: list) -> Any:
+        ways = iter(beside), iter(inside)
+        return jax.tree.unflatten(self.treedef, [next(ways[0] if fold else ways[1]) for fold in self.folds])
+
+
+@dataclass(frozen=True)
+class _Unpack:
+    """The states of packed ones with leading axes, without what is marched beside them."""
+
+    layout: Layout
+    observing: bool
+
+    def __call__(self, vectors: State, lead: tuple) -> Any:
+        y = jax.tree.unflatten(self.layout.treedef, self.layout.unpack(vectors, lead))
+        return y[0] if self.observing else y
 
 
 def _solve(y0: Any, ts: Array, dynamic: list, static: Any, adjoint: Any, checked: bool) -> Solution:
-    f, args, solver, observers, places, stops, jumps = merge(dynamic, static)
+    f, args, solver, observers, watches, places, stops, jumps = merge(dynamic, static)
     y, ts = y0, jnp.asarray(ts)
     if observers:
         first = jax.tree.map(lambda x: x[0] if isinstance(x, jax.Array) else x, args) if solver.layered else args
@@ -351,10 +377,11 @@ def _solve(y0: Any, ts: Array, dynamic: list, static: Any, adjoint: Any, checked
     whole = observing(f, observers) if observers else f
     field, params, effects, kept, jump = close(whole, ts, y0, args, layout, layers, bool(observers), jump)
     weights = sum(x.size for x in (*params.shared, *params.layers))
-    method = solver.method.for_steps(solver.most_steps(intervals, steps))
+    most = solver.most_steps(intervals, steps)
+    method, watches = solver.method.for_steps(most), tuple(w.sized(most) for w in watches)
     if observers:
         method = Observed(method, layout.leading(len(jax.tree.leaves(y))))
-    plan = Plan(field, replace(solver.static, method=method), layout, saves, ts.dtype, steps, weights, effects, kept, jump)
+    plan = Plan(field, replace(solver.static, method=method), layout, saves, ts.dtype, steps, weights, effects, kept, jump, watches)
     outcome = adjoint.solve(plan, Problem(ts, packed, params, solver.numbers))
     stats, status, reached = outcome.stats, outcome.status, outcome.reached
     if valid is not None:
@@ -365,7 +392,11 @@ def _solve(y0: Any, ts: Array, dynamic: list, static: Any, adjoint: Any, checked
     ys, observed = jax.tree.unflatten(layout.treedef, layout.unpack(ys, given.shape)), None
     if observers:
         ys, observed = ys
-        observed = jax.tree.unflatten(places, [jax.tree.map(lambda x: x[-1], o) for o in observed])
+        observed = [jax.tree.map(lambda x: x[-1], o) for o in observed]
+    if watches or observers:
+        unflatten = _Unpack(layout, bool(observers))
+        seen = [w.result(x, layout, unflatten) for w, x in zip(watches, outcome.observed, strict=True)]
+        observed = places(observed or [], seen)
     return Solution(given, ys, stats, status, jax.lax.stop_gradient(reached), observed)
 
 

@@ -158,6 +158,26 @@ class Rows:
             return table.at[j].add(value)
         return table.at[j, 0, r].add(value) if self.axis == -1 else table.at[j, r, 0].add(value)
 
+    def as_vector(self, column: Array) -> Array:
+        """A number of each row as a state of one component."""
+        return column[None] if self.size is None else self.spread(column)
+
+    def as_column(self, vectors: Array) -> Array:
+        """The inverse of `as_vector`, of a table."""
+        return vectors[:, 0] if self.size is None else vectors
+
+    def repeated(self, x: Array) -> Array:
+        """The vector of one trajectory for each row."""
+        if self.size is None:
+            return x
+        return (
+            jnp.broadcast_to(x[:, None], (*x.shape, self.size)) if self.axis == -1 else jnp.broadcast_to(x, (self.size, *x.shape))
+        )
+
+    def joined(self, xs: Any) -> Array:
+        """Vectors of the same rows, one after another."""
+        return jnp.concatenate(xs, axis=1 if self.size is not None and self.axis == 0 else 0)
+
     def total(self, column: Array, like: Array) -> Array:
         """A column of cotangents as the cotangent of a number: summed where rows share the number."""
         return jnp.sum(column) if like.ndim == 0 and self.size is not None else column

@@ -38,8 +38,8 @@ class Window:
     y it returns f(t + c h, y) of every row.
 
     field: f(t, y, params) for these rows. params: those of this step, layers at its nodes. rows: where the rows lie.
-    kept: what observers keep at (t, y, params), for a state that carries it. limit: the latest time that f may be asked for (a column):
-    where f jumps, f at that time is what it jumps to.
+    kept: what observers keep at (t, y, params), for a state that carries it. limit: the latest time that f may be asked for (a
+    column): where f jumps, f at that time is what it jumps to.
     """
 
     field: Callable

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -61,13 +60,13 @@ class Backsolve(Adjoint):
     def record(self, march: March, problem: Problem) -> tuple[Outcome, Any]:
         return march.run(problem), ()
 
-    def pull(self, march: March, problem: Problem, outcome: Outcome, kept: Any, ybar: State) -> tuple:
+    def pull(self, march: March, problem: Problem, outcome: Outcome, kept: Any, bars: tuple) -> tuple:
         rows = march.rows
         good = rows.column(outcome.good)
         failed = rows.column(outcome.status) != int(Status.success)
         ys = tuple(rows.to_layout(x, True, 1) for x in outcome.ys)
-        back = partial(_solve_back, self, march, good, ys)
-        return contained(march, problem, good, failed & ~good[1], ybar, back)
+        back = lambda problem, g: _solve_back(self, march, good, ys, problem, g.ys)
+        return contained(march, problem, outcome, failed & ~good[1], bars, back)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,19 @@ from jax import Array
 
 from jode.adjoint.rule import Adjoint, contained
 from jode.control import Status
-from jode.march import Cotangents, Kept, March, Outcome, Plan, Problem, failed_at_start, kept_from_layout, kept_to_layout, reverse
+from jode.march import (
+    Cotangents,
+    Given,
+    Kept,
+    March,
+    Outcome,
+    Plan,
+    Problem,
+    failed_at_start,
+    kept_from_layout,
+    kept_to_layout,
+    reverse,
+)
 from jode.observe import Record
 from jode.tree import State, where
 
@@ -54,7 +66,7 @@ class Discrete(Adjoint):
         outcome, kept = march.record(problem, self.records(march.plan, march.rows.size or 1), self.keeps_resets)
         return outcome, kept_from_layout(march, kept)
 
-    def pull(self, march: March, problem: Problem, outcome: Outcome, kept: Kept, ybar: State) -> tuple:
+    def pull(self, march: March, problem: Problem, outcome: Outcome, kept: Kept, bars: tuple) -> tuple:
         rows, kept = march.rows, kept_to_layout(march, kept)
         good = rows.column(outcome.good)
         failed = rows.column(outcome.status) != int(Status.success)
@@ -62,11 +74,11 @@ class Discrete(Adjoint):
         unrecoverable = failed & self.unrecoverable(march)
         record = self.records(march.plan, rows.size or 1)
 
-        def pull(problem: Problem, g: State) -> tuple[Cotangents, Array]:
+        def pull(problem: Problem, g: Given) -> tuple[Cotangents, Array]:
             ys = tuple(rows.to_layout(x, True, 1) for x in outcome.ys)
             recovery = lambda kept: self.recovery(march, problem, kept, ys)
             c, first = reverse(march, problem, good, kept, g, record if record and record.chapters else None, recovery)
-            c = c._replace(s=where(at_start, tuple(x[0] for x in g), c.s))
+            c = c._replace(s=where(at_start, tuple(x[0] for x in g.ys), c.s))
             return c, (unrecoverable | self.drifted(march, problem, first, ys)) & ~at_start
 
-        return contained(march, problem, good, at_start, ybar, pull)
+        return contained(march, problem, outcome, at_start, bars, pull)

@@ -11,6 +11,7 @@ from jax import Array
 
 from jode.march import (
     Cotangents,
+    Given,
     March,
     Outcome,
     Plan,
@@ -42,9 +43,9 @@ class Adjoint:
         """The outcome, and what the way back needs, each array led by the rows of a batch."""
         raise NotImplementedError
 
-    def pull(self, march: March, problem: Problem, outcome: Outcome, kept: Any, ybar: State) -> tuple:
-        """Cotangents of (ts, y0, shared, layers) from those of the saved states, all as `Outcome` and `Problem` have them
-        outside.
+    def pull(self, march: March, problem: Problem, outcome: Outcome, kept: Any, bars: tuple) -> tuple:
+        """Cotangents of (ts, y0, shared, layers) from those of (the saved states, what observers saw), all as `Outcome` and `Problem`
+        have them outside.
         """
         raise NotImplementedError
 
@@ -76,18 +77,18 @@ class Adjoint:
         def pull(batch: Batch | None, platform: str | None) -> Callable:
             march = March.of(plan, batch, platform)
 
-            def form(moving: tuple, still: tuple, values: State, rest: tuple, kept: Any, ybar: State) -> tuple:
-                return self.pull(march, problem_of(moving, still), Outcome(values, *rest), kept, ybar)
+            def form(moving: tuple, still: tuple, values: tuple, rest: tuple, kept: Any, ybar: tuple) -> tuple:
+                return self.pull(march, problem_of(moving, still), Outcome(*values, *rest), kept, ybar)
 
             return form
 
         values, rest = native(Rule(run, record, pull), *moving_of(problem), plan.promise)
-        return Outcome(values, *rest)
+        return Outcome(*values, *rest)
 
 
 def _parts(outcome: Outcome) -> tuple:
     """What of an outcome has derivatives, and the rest."""
-    return outcome.ys, tuple(outcome[1:])
+    return tuple(outcome[:2]), tuple(outcome[2:])
 
 
 def _rows(batch: Batch | None) -> int:
@@ -97,10 +98,10 @@ def _rows(batch: Batch | None) -> int:
 def contained(
     march: March,
     problem: Problem,
-    good: Array,
+    outcome: Outcome,
     broken: Array,
-    ybar: State,
-    pull: Callable[[Problem, State], tuple[Cotangents, Array]],
+    bars: tuple,
+    pull: Callable[[Problem, Given], tuple[Cotangents, Array]],
 ) -> tuple:
     """Cotangents of (ts, y0, shared, layers), given pull(problem, g) -> (those inside the march, which rows went wrong).
 
@@ -108,14 +109,21 @@ def contained(
     what it touches NaN. So does a row that goes wrong in reverse, with any cotangent at all.
     """
     rows = march.rows
-    g = tuple(rows.to_layout(x, True, 1) for x in ybar)
-    mask = rows.over_time(good)
+    ybar, obar, values = jax.tree.map(lambda x: rows.to_layout(x, True, 1), (*bars, outcome.observed))
+    good = rows.over_time(rows.column(outcome.good))
     spoiled = jnp.zeros_like(broken)
     touched = jnp.zeros_like(broken)
-    for x in g:
-        spoiled = spoiled | ~rows.all(jnp.all(mask | (x == 0), axis=0))
+    for x in ybar:
+        spoiled = spoiled | ~rows.all(jnp.all(good | (x == 0), axis=0))
         touched = touched | ~rows.all(jnp.all(x == 0, axis=0))
-    g = tuple(jnp.where(mask, x, 0) for x in g)
+    for table, bar in zip(
+        values, obar, strict=True
+    ):  # what lies behind the entries is no number, and cotangents of it mean nothing
+        for x, b in zip(table, bar, strict=True):
+            touching = ~rows.all(jnp.all(b == 0, axis=0))
+            spoiled, touched = spoiled | (rows.all(jnp.isnan(x[0])) & touching), touched | touching
+    obar = jax.tree.map(lambda x, b: jnp.where(jnp.isnan(x), 0, b), values, obar)
+    g = Given(tuple(jnp.where(good, x, 0) for x in ybar), obar, values)
     c, wrong = pull(replace_failed(march, to_layout(march, problem), broken), g)
     spoiled = spoiled | (wrong & touched)
     ts, y, shared, layers = cotangents_from_layout(march, c)

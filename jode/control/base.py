@@ -27,6 +27,7 @@ class Status(IntEnum):
     nonfinite_dynamics = 3
     nonfinite_state = 4
     invalid_input = 5
+    capacity = 6
 
 
 class Stats(NamedTuple):

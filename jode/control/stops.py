@@ -1,7 +1,7 @@
-"""Steps that end at given times, where f jumps or the state is reset: the two controls, stopping there.
+"""Steps that end at given times, where f jumps or the state is reset: the two controls that stop there.
 
-`marks` say what happens at times of `ts`: -1 nothing, 0 f jumps, k the state is reset by jump k - 1. f is continuous from the right:
-at a marked time it is what it is after it, and stages of the steps that lie before it see at most the time just before. For equal
+`marks` say what happens at times of `ts`: -1 nothing, 0 f jumps, k the state is reset by jump k - 1. f is continuous from the
+right: at a marked time it is what it is after it, and stages of steps that lie before it see at most the time just before. For equal
 steps `ts` is one sequence of save times and others, each with a mark; for steps that are found the others follow the save times, and
 the last of them is the end.
 """
@@ -23,7 +23,7 @@ from jode.tree import State, put, stack_zeros, where
 from jode.window import Problem, Window, just_before
 
 
-def stopping(solver: Solver, ts: Array, stops: Array | None, jumps: Array | None) -> tuple[Solver, Array, Any]:
+def stopping(solver: Any, ts: Array, stops: Array | None, jumps: Array | None) -> tuple[Solver, Array, Any]:
     """The same control, stopping at stops and jumps: (solver, times, saved), where `saved` are the places of the save times among
     the times if these are saved too, else None.
     """
@@ -111,9 +111,9 @@ class FixedStops(Fixed):
 
 
 class Stopped(NamedTuple):
-    """A `Progress`, and in columns: how many of the marked times are behind; which of ts the row stands at (-1: none); the next time,
-    and what happens there; whether the row wants another step; and whether it waits for what happens where it is. before: the states
-    that were reset, where they are kept.
+    """A `Progress`, and in columns: how many of the marked times are behind; which of ts the row stands at (-1: none); the next
+    time, and what happens there; whether the row wants another step; and whether it waits for what happens where it is. before: the
+    states that were reset, where they are kept.
     """
 
     t: Array
@@ -159,8 +159,8 @@ class AdaptiveStops(Adaptive):
         wanted = (h != 0) | ((end == c.t) & march.rows.finite(slope))
         return c._replace(h=h, end=end, mark=mark, wanted=wanted, waits=jnp.zeros_like(c.waits))
 
-    def window(self, march: Any, problem: Problem, place: None, carry: Stopped) -> Window:
-        window, c = super().window(march, problem, place, carry), carry  # pyright: ignore
+    def window(self, march: Any, problem: Problem, place: None, carry: Any) -> Window:
+        window, c = super().window(march, problem, place, carry), carry
         before = lambda happens, t: jnp.where(happens, just_before(t), t)
         on, back = before(c.mark >= 0, c.end), before(c.node >= march.plan.saves, c.t)
         return replace(window, limit=jnp.where(direction(march.save_times(problem)) > 0, on, back))

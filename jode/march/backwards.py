@@ -12,9 +12,9 @@ from jax import Array
 
 from jode.control import Grid
 from jode.march.forwards import Loop, March
-from jode.march.values import Carry, Cotangents, Kept, Problem, inner
-from jode.observe import Record, Recorded, Seen
-from jode.observe.saves import Bars, at_start, beside
+from jode.march.values import Carry, Cotangents, Given, Kept, Problem, inner
+from jode.observe import Bars, Record, Recorded, Seen
+from jode.observe.saves import at_start, beside
 from jode.tree import State, add, take, where, zeros_like
 from jode.window import Params
 
@@ -25,41 +25,49 @@ def failed_at_start(march: March, grid: Grid, good: Array, failed: Array) -> Arr
 
 
 def pull(
-    march: March, problem: Problem, good: Array, grid: Grid, g: State, i: Array, s: State, c: Cotangents, start: State
+    march: March, problem: Problem, good: Array, grid: Grid, g: Given, i: Array, s: State, c: Cotangents, start: State
 ) -> Cotangents:
     """Cotangents before step i from those after it, s being the state at its start; rows that failed take that of the march."""
     solver, ts = march.solver, problem.ts
     (p, q), span = solver.ends(march, problem, grid, i, c.left)
     (t, h), span_back = jax.vjp(span, _time(march, ts, p), _time(march, ts, q))
     window = solver.limited(march, problem, grid, i, march.window(problem, t, h, i if solver.lands else None))
-    sbar, left, next_, slopes_bar = c.s, c.left, c.next, None
+    sbar, left, slopes_bar = c.s, c.left, None
     s = _sound(march, grid, good, q, s, start)
-    s1, K, pull = march.method.pullback(window, s, bool(march.saves), march.rolled)
+    s1, K, pull = march.method.pullback(window, s, march.needs_slopes, march.rolled)
     if solver.marked:
         c = _pull_reset(march, problem, solver.node(march, problem, grid, i), march.still(problem, window, s, s1), c)
         sbar = c.s
     if solver.lands and march.plan.saves > 2:
         bound = solver.bound(march, problem)
         landed = (i % bound == bound - 1) & (q < march.plan.saves - 1)
-        sbar = where(landed, _saved(march, sbar, take(g, q)), sbar)
-    bars = Bars(jnp.zeros_like(h), jnp.zeros_like(t), zeros_like(s), (), c.ts)
-    if march.saves:
-        assert K is not None
-        seen = Seen(window, s, [], None, None, None)
-        next_, bars = march.saves[0].pull(march, problem, c.next, seen, K, g, bars._replace(slopes=zeros_like(K)))
-        slopes_bar = bars.slopes
+        sbar = where(landed, _saved(march, sbar, take(g.ys, q)), sbar)
+    bars = Bars(jnp.zeros_like(h), jnp.zeros_like(t), zeros_like(s), zeros_like(K) if K is not None else (), c.ts, zeros_like(s1))
+    seen, nexts = Seen(window, s, [], None, None, None, s1=s1), []
+    for w, at, bar, values in zip(
+        march.watches, c.next, _by_watch(march, g.ys, g.observed), _by_watch(march, (), g.values), strict=True
+    ):
+        at, bars = w.pull(march, problem, at, seen, K, bar, values, bars)
+        nexts.append(at)
+    if march.watches:
+        sbar, slopes_bar = add(sbar, bars.end), bars.slopes if K is not None else None
     size = march.plan.degree + 1
     before = [jax.lax.dynamic_slice_in_dim(x, i, size, 0) for x in c.layers]
     sbar_step, (tbar, hbar, shared, after) = pull(sbar, slopes_bar, (jnp.zeros_like(t), jnp.zeros_like(h), c.shared, before))
     sbar = march.still(problem, window, sbar, sbar_step)
-    if march.saves:
+    if march.watches:
         sbar, tbar, hbar = add(bars.s, sbar), tbar + bars.t, hbar + bars.h
     if not solver.lands:
         left = left - (h != 0).astype(jnp.int32)
     abar, bbar = span_back((tbar, hbar))
     layers = [jax.lax.dynamic_update_slice_in_dim(x, u, i, 0) for x, u in zip(c.layers, after, strict=True)]
     tsbar = _add_time(march, _add_time(march, bars.ts, p, abar), q, bbar)
-    return Cotangents(sbar, tsbar, shared, layers, left, next_)
+    return Cotangents(sbar, tsbar, shared, layers, left, tuple(nexts))
+
+
+def _by_watch(march: March, saved: Any, observed: tuple) -> tuple:
+    """What each observer of the march asks for: that of save times comes first."""
+    return (*(saved for _ in march.saves), *observed)
 
 
 def _sound(march: March, grid: Grid, good: Array, q: Any, s: State, start: State) -> State:
@@ -101,12 +109,13 @@ def _saved(march: March, sbar: State, g: State) -> State:
     return (*add(march.method.read(sbar), g), *sbar[len(g) :])
 
 
-def terminal(march: March, problem: Problem, good: Array, grid: Grid, g: State) -> Cotangents:
+def terminal(march: March, problem: Problem, good: Array, grid: Grid, g: Given) -> Cotangents:
     """The terminal cotangents: those after the last step, before any is pulled back."""
-    nothing = zeros_like(tuple(x[0] for x in g)) * (march.method.parts - 1)
-    next_ = jnp.sum(good[:-1], axis=0).astype(jnp.int32) - 1 if march.saves else None
+    nothing = zeros_like(tuple(x[0] for x in g.ys)) * (march.method.parts - 1)
+    last = (jnp.sum(good[:-1], axis=0).astype(jnp.int32) - 1,) if march.saves else ()
+    next_ = (*last, *(w.left(march, x) for w, x in zip(march.plan.watches, g.values, strict=True)))
     params = problem.params
-    s = (*(x[-1] for x in g), *nothing)
+    s = (*(x[-1] for x in g.ys), *nothing)
     shared, layers = zeros_like(params.shared), zeros_like(params.layers)
     return Cotangents(s, jnp.zeros_like(problem.ts), shared, layers, grid.accepted, next_)
 
@@ -183,7 +192,7 @@ def chapter(march: March, problem: Problem, kept: Kept, by: Record, tables: Reco
 
 
 def reverse(
-    march: March, problem: Problem, good: Array, kept: Kept, g: State, by: Any, recovery: Callable
+    march: March, problem: Problem, good: Array, kept: Kept, g: Given, by: Any, recovery: Callable
 ) -> tuple[Cotangents, State]:
     """Pull the cotangents g of the saved states back over the grid; recovery(kept) -> (store, recover), and recover(i, store) ->
     (the state that step i starts from, store), asked for the last step first.
@@ -219,4 +228,4 @@ def reverse(
             kept.grid.slots, kept.grid.times, kept.states if by.keep else (), (), kept.grid.nodes and kept.grid.nodes[0]
         )
         (_, first, c), _ = march.runner.repeat(chapters, one, (tables, start, c))
-    return at_initial(march, problem, g, c), first
+    return at_initial(march, problem, g.ys, c), first

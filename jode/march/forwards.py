@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jode.control import Grid, Solver, Stats
+from jode.control import Grid, Solver, Stats, Status
 from jode.control.adaptive import direction
 from jode.march.values import Carry, Kept, Outcome, Plan, Problem, problem_of
 from jode.method import Method
@@ -49,15 +49,15 @@ class Loop:
         march, problem, solver, method = self.march, self.problem, self.march.solver, self.march.method
         window = solver.window(march, problem, place, c.control)
         step = method.step(window, c.s, c.slope)
-        if solver.estimates:
+        if solver.estimates or march.needs_slopes:
             step = method.estimated(window, c.s, step)
-        elif step.ok is not None:  # nothing else is tried: the row has failed
+        if step.ok is not None and not solver.estimates:  # nothing else is tried: the row has failed
             step = step._replace(state=tuple(nan_unless(step.ok, x) for x in step.state))
         accept, control = solver.judge(march, problem, c.control, window, c.s, step)
         choose = partial(where, accept) if accept is not None else lambda new, _: new
         slope = choose(method.reused(step.slopes[-1]), c.slope) if solver.estimates else ()
         t, slot = (None, place[-1]) if solver.lands else (control.t, None)
-        seen = Seen(window, c.s, step.slopes, accept, t, slot, node_of(control))
+        seen = Seen(window, c.s, step.slopes, accept, t, slot, node_of(control), step.state)
         watched = zip(self.watches, c.observed, strict=True)
         observed = tuple(w.step(march, problem, m, seen) if w.steps else m for w, m in watched)
         last = (window.t, window.h, c.s, step.slopes, t) if self.looks_back else ()
@@ -194,11 +194,11 @@ class March:
         return tuple(nan_unless(good, x) for x in y), good
 
     def run(self, problem: Problem) -> Outcome:
-        return self.outcome(problem, *self.march(problem, self.saves))
+        return self.outcome(problem, *self.march(problem, self.watches))
 
     def record(self, problem: Problem, record: Record | None, resets: bool = False) -> tuple[Outcome, Kept]:
         """The outcome, and what the record kept; with `resets` also the states that were reset."""
-        watches = self.saves if record is None else (*self.saves, record)
+        watches = self.watches if record is None else (*self.watches, record)
         keeping = replace(self, keeps_resets=resets and self.solver.marked)
         c, saved, slope = keeping.march(problem, watches)
         outcome = self.outcome(problem, c, saved, slope)
@@ -221,6 +221,15 @@ class March:
         plan, slopes = self.plan, self.method.trials + 1
         return (Interpolated(stops_at_saves(self.platform, plan.layout.size, plan.weights, slopes, self.rows.size)),)
 
+    @property
+    def watches(self) -> tuple[Watch, ...]:
+        return (*self.saves, *self.plan.watches)
+
+    @property
+    def needs_slopes(self) -> bool:
+        """Whether an observer needs the slopes of each step."""
+        return any(w.slopes for w in self.watches)
+
     def outcome(self, problem: Problem, c: Carry, saved: Any, slope: State | None) -> Outcome:
         solver, method, rows = self.solver, self.method, self.rows
         dense = jnp.zeros((), jnp.int32)
@@ -239,9 +248,19 @@ class March:
             good = every & jax.vmap(rows.finite)(ys) if ys else every
         status, reached, tried, accepted = solver.report(self, problem, c, good, slope)
         nfe = tried * (method.trials if solver.estimates else method.evaluations) + method.extra * dense
+        if self.needs_slopes and not solver.estimates:
+            nfe = nfe + tried * (method.trials - method.evaluations)
+        if any(w.refines for w in self.plan.watches):
+            nfe = nfe + accepted * method.extra
         nfe = nfe + (solver.nfe_start if solver.estimates else method.starts) + solver.resets(self, problem, c.control)
         backward = accepted * self.pullback_nfe
-        return Outcome(ys, good, Stats(nfe, tried, accepted, tried - accepted, backward), status, reached)
+        kept = c.observed[len(self.saves) :]
+        watched = list(zip(self.plan.watches, kept, strict=False))
+        for w, m in watched:
+            full = (status == int(Status.success)) & w.overflowed(m)
+            status = jnp.where(full, int(Status.capacity), status).astype(jnp.int32)
+        observed = tuple(w.read(m) for w, m in watched)
+        return Outcome(ys, observed, good, Stats(nfe, tried, accepted, tried - accepted, backward), status, reached)
 
     # --- a slot of the grid again, and back
 
@@ -311,7 +330,7 @@ class March:
     @property
     def pullback_nfe(self) -> int:
         """Evaluations that pulling back through one step takes."""
-        return self.method.pullback_nfe(bool(self.saves))
+        return self.method.pullback_nfe(self.needs_slopes)
 
 
 def _lifted(plan: Plan, rows: Rows, mapped: Any) -> tuple:

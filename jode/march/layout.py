@@ -36,7 +36,9 @@ def from_layout(march: March, outcome: Outcome) -> Outcome:
     rows = march.rows
     ys = tuple(rows.from_layout(x, 1) for x in outcome.ys)
     stats = Stats(*(rows.flat(rows.spread(jnp.asarray(x, jnp.int32))) for x in outcome.stats))
-    return Outcome(ys, rows.flat(outcome.good), stats, rows.flat(outcome.status), rows.flat(rows.spread(outcome.reached)))
+    observed = jax.tree.map(lambda x: rows.from_layout(x, 1), outcome.observed)
+    reached = rows.flat(rows.spread(outcome.reached))
+    return Outcome(ys, observed, rows.flat(outcome.good), stats, rows.flat(outcome.status), reached)
 
 
 def kept_from_layout(march: March, kept: Kept) -> Kept:

@@ -12,15 +12,19 @@ from jax import Array
 
 from jode.control import Grid, Solver, Stats
 from jode.native import Promise
+from jode.observe import Table
 from jode.rows import Rows
 from jode.tree import Layout, State
 from jode.window import Params, Problem
 
 
 class Outcome(NamedTuple):
-    """States at the save times (save time first), which of them are finite, the counts, the status, and the time reached."""
+    """States at the save times (save time first) and what observers saw, which have derivatives; which of the states are finite,
+    the counts, the status, and the time reached.
+    """
 
     ys: State
+    observed: tuple
     good: Array
     stats: Stats
     status: Array
@@ -41,6 +45,7 @@ class Plan:
     effects: Any  # of evaluating the field
     kept: Callable | None = None  # what observers keep, of (t, y, params)
     jump: Callable | None = None  # the state after jump k, of (t, y, params, k)
+    watches: tuple[Table, ...] = ()  # observers inside the loop
 
     @property
     def promise(self) -> Promise:
@@ -49,7 +54,8 @@ class Plan:
         ys = tuple(shape((self.saves, *x.shape), x.dtype) for x in self.layout.packed)
         one = shape((), jnp.int32)
         stats = Stats(*[one] * len(Stats._fields))
-        return Promise(ys, (shape((self.saves,), bool), stats, one, shape((), self.time)), self.effects)
+        observed = tuple(tuple(shape((w.capacity, *x.shape), x.dtype) for x in w.shapes(self)) for w in self.watches)
+        return Promise((ys, observed), (shape((self.saves,), bool), stats, one, shape((), self.time)), self.effects)
 
     @property
     def degree(self) -> int:
@@ -75,7 +81,8 @@ class Carry(NamedTuple):
 
 class Kept(NamedTuple):
     """What the way back needs: the grid, and the states kept, of the last chapter; the last state, and where the chapters start.
-    first: of a chapter, its first state. resets: the states before resets. What is not kept is a table without entries, so that every batch keeps the same arrays.
+    first: of a chapter, its first state. resets: the states before resets. What is not kept is a table without entries, so that
+    every batch keeps the same arrays.
     """
 
     grid: Grid
@@ -86,9 +93,17 @@ class Kept(NamedTuple):
     resets: Any = ()
 
 
+class Given(NamedTuple):
+    """What the way back starts from: cotangents of the states saved and of what observers saw, and what they saw."""
+
+    ys: State
+    observed: tuple = ()
+    values: tuple = ()
+
+
 class Cotangents(NamedTuple):
     """What the way back carries: cotangents of the method's state, the save times and the parameters; how many of its steps
-    each row has not gone back, and which save time it goes back to next.
+    each row has not gone back, and what the observers of the march go back to next.
     """
 
     s: State

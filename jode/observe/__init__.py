@@ -1,8 +1,25 @@
 """Observers: what is kept while marching, a map beside its transpose."""
 
-from jode.observe.base import Seen, Watch
+from jode.observe.base import Bars, Seen, Watch
+from jode.observe.dense import Dense, Interpolation
 from jode.observe.fold import Observed, Observer, observing
 from jode.observe.record import Record, Recorded
 from jode.observe.saves import Interpolated
+from jode.observe.table import Steps, StepsTaken, Table
 
-__all__ = ["Interpolated", "Observed", "Observer", "Record", "Recorded", "Seen", "Watch", "observing"]
+__all__ = [
+    "Bars",
+    "Dense",
+    "Interpolated",
+    "Interpolation",
+    "Observed",
+    "Observer",
+    "Record",
+    "Recorded",
+    "Seen",
+    "Steps",
+    "StepsTaken",
+    "Table",
+    "Watch",
+    "observing",
+]

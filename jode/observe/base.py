@@ -24,6 +24,20 @@ class Seen(NamedTuple):
     t: Any
     slot: Any
     node: Any = ()
+    s1: Any = ()  # the method's state at its end
+
+
+class Bars(NamedTuple):
+    """Cotangents, as a step goes back, of its width, its start, its state, its slopes (stacked) and its end; and of the given
+    times.
+    """
+
+    h: Array
+    t: Array
+    s: State
+    slopes: State
+    ts: Array
+    end: State
 
 
 class Watch:
@@ -33,6 +47,7 @@ class Watch:
 
     steps: bool = True
     waits: bool = False
+    slopes: bool = False  # whether it needs the slopes of a step, at its end too
     by_row: bool = False  # whether its carry has the rows last, so that some of them may go on without the others
 
     def init(self, march: Any, problem: Problem, c: Any) -> Any:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jode.control.adaptive import direction
-from jode.observe.base import Seen, Watch
+from jode.observe.base import Bars, Seen, Watch
 from jode.tree import State, add, increment, increment_stacked, nan_unless
 from jode.window import Problem
 
@@ -24,22 +24,13 @@ class Saves(NamedTuple):
     ys: State
 
 
-class Bars(NamedTuple):
-    """Cotangents, as a step goes back, of its width, its start, its state and its slopes; and of the save times."""
-
-    h: Array
-    t: Array
-    s: State
-    slopes: State
-    ts: Array
-
-
 @dataclass(frozen=True)
 class Interpolated(Watch):
     """Save times between the ends. The loop stops where one is passed (`waits`), or looks for them after every step."""
 
     waits: bool
     by_row = True
+    slopes = True
 
     def init(self, march: Any, problem: Problem, c: Any) -> Saves:
         ts, y0, rows = march.save_times(problem), problem.y0, march.rows
@@ -98,7 +89,9 @@ class Interpolated(Watch):
         come = jax.vmap(lambda i: i < carry.next)(jnp.arange(1, count + 1, dtype=jnp.int32))
         return tuple(nan_unless(beside(come, y), y) for y in carry.ys)
 
-    def pull(self, march: Any, problem: Problem, j: Array, seen: Seen, K: State, g: State, bars: Bars) -> tuple[Array, Bars]:
+    def pull(
+        self, march: Any, problem: Problem, j: Array, seen: Seen, K: State, g: State, values: State, bars: Bars
+    ) -> tuple[Array, Bars]:
         """The transpose: cotangents g of the states saved within a step, given its slopes K, stacked; j is the last save not
         pulled.
         """
@@ -121,7 +114,9 @@ class Interpolated(Watch):
             tsbar = rows.add_at(bars.ts, at, jnp.where(mask, tbar, 0))
             abar, hbar, sbar, kbar = moved
             j = j - mask.astype(jnp.int32)
-            return j, pending(j), Bars(bars.h + hbar, bars.t + abar, add(bars.s, sbar), add(bars.slopes, kbar), tsbar)
+            slopes = add(bars.slopes, kbar)
+            bars = bars._replace(h=bars.h + hbar, t=bars.t + abar, s=add(bars.s, sbar), slopes=slopes, ts=tsbar)
+            return j, pending(j), bars
 
         j, _, bars = march.runner.until(lambda carry: ~jnp.any(carry[1]), one, (j, pending(j), bars))
         return j, bars
