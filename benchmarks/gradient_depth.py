@@ -6,14 +6,15 @@ test digits is compared with the exact one, for each convolution of each layer. 
 
 from benchmarks.measure import report, save
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jode
 from jode import data, train
-from jode.models import deep, features
-from jode.models.image import residual
+from jode.models import Classifier, layers, vector_field
 
 DEPTHS = (4, 8, 16, 32, 64, 128)
 WIDTH = 16
@@ -25,9 +26,10 @@ def main(quick=False):
     rows, curves = [], {}
     for name, solver in NETS.items():
         for depth in DEPTHS[1:4] if quick else DEPTHS:
-            model = deep(training.images.shape[1:], depth, width=WIDTH, solver=solver)
-            weights, done = train.fit(model, training, test, epochs=1 if quick else 10, rate=1e-2)
-            cosines, error, drift = compare(weights, solver, depth, test)
+            tied = partial(layers, depth=depth, turn=0.0)
+            model = Classifier(training.images.shape[1:], WIDTH, block=tied, key=jax.random.key(0))
+            model, done = train.fit(model, training, test, solver, name=f"{depth} layers", epochs=1 if quick else 10, rate=1e-2)
+            cosines, error, drift = compare(model, solver, depth, test)
             curves.setdefault(name, []).append((depth, cosines.min(), np.median(cosines), error, drift))
             rows.append(
                 [
@@ -57,23 +59,22 @@ def main(quick=False):
     draw(curves, quick)
 
 
-def compare(weights, solver, depth, test, size=100):
+def compare(model, solver, depth, test, size=100):
     """Cosines between memory-free and exact gradients of each layer's convolutions, their mean squared error, and the drift."""
-    shape, images, labels = test.images.shape[1:], test.images[:size], test.labels[:size]
+    images, labels = test.images[:size], test.labels[:size]
 
     def gradient(adjoint):
-        model = deep(shape, depth, width=WIDTH, solver=solver, adjoint=adjoint)
-        return jax.jit(jax.grad(lambda w: train.objective(model)(w, images, labels)[0]))(weights)["block"]
+        return jax.jit(jax.grad(lambda model: train.objective(solver, adjoint)(model, images, labels)[0]))(model).block
 
     exact, free = gradient(jode.Backprop()), gradient(jode.MemoryFree(max_drift=np.inf))
     cosines, squares = [], []
-    for conv in ("conv1", "conv2"):
-        a, b = (np.asarray(g[conv]["weight"], np.float64).reshape(depth, -1) for g in (exact, free))
+    for layer in ("first", "second"):
+        a, b = (np.asarray(getattr(g, layer).conv.weight, np.float64).reshape(depth, -1) for g in (exact, free))
         cosines.append((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1))
         squares.append(((a - b) ** 2).sum(1) / (a**2).sum(1))
     network = {"method": solver.method, "degree": solver.degree, "span": 1.0}
-    back = jax.jit(jax.vmap(lambda x: jode.depth.reconstruction_error(residual, features(weights, x), weights["block"], **network)))
-    return np.concatenate(cosines), np.mean(squares), float(jnp.mean(back(images)))
+    drift = lambda x: jode.depth.reconstruction_error(vector_field, model.features(x), model.block, **network)
+    return np.concatenate(cosines), np.mean(squares), float(jnp.mean(jax.jit(jax.vmap(drift))(images)))
 
 
 def draw(curves, quick):

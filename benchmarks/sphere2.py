@@ -17,7 +17,7 @@ import optax
 
 import jode
 from jode import data
-from jode.models import planar
+from jode.models.planar import Planar, vector_field
 from jode.train import adapted
 from jode.validity import StepAdaptation, critical_steps, first_step, swap
 
@@ -84,7 +84,7 @@ def grid(counts, iterations):
     for n in counts:
         w, test, _ = train(StepAdaptation(every=iterations + 1), 1 / n, 0, iterations)
         solver = jode.Fixed(jode.euler, n)
-        metrics[solver], outputs[solver] = partial(right, w, *test), partial(planar.ends, w, test[0][:500])
+        metrics[solver], outputs[solver] = partial(right, w, *test), partial(w.ends, test[0][:500])
     methods = {jode.euler: GRID, jode.midpoint: GRID, jode.rk4: GRID[2:6]}
     solvers = [jode.Fixed(method, n) for method, counts in methods.items() for n in counts]
     return swap(metrics, solvers, outputs=outputs, reference=REFERENCE)
@@ -94,33 +94,33 @@ def train(adapt, h, seed, iterations):
     """Weights, test data, and the step counts on the way; the whole training is one scan, traced once."""
     keys = jax.random.split(jax.random.key(seed), 3)
     (x, y), test = data.spheres(keys[0], 2000), data.spheres(keys[1], 4000)
-    w = planar.init(keys[2])
+    w = Planar(key=keys[2])
     rng = np.random.default_rng(seed)
     per_epoch = 2000 // BATCH
     orders = [rng.permutation(2000)[: per_epoch * BATCH].reshape(per_epoch, BATCH) for _ in range(-(-iterations // per_epoch))]
     batches = jnp.asarray(np.concatenate(orders)[:iterations])
     if h is None:
-        h = first_step(planar.vector_field, x[:BATCH], planar.prepared(w))
+        h = first_step(vector_field, x[:BATCH], w.field.prepared())
     (w, *_), (steps, *_) = run(adapt, (w, OPTIMIZER.init(w), adapt.init(h)), x, y, batches)
     return w, test, np.asarray(steps)
 
 
 @partial(jax.jit, static_argnums=0)
 def run(adapt, carry, x, y, batches):
-    iteration = adapted(adapt, planar.logits, OPTIMIZER)
+    iteration = adapted(adapt, Planar.logits, OPTIMIZER)
     return jax.lax.scan(lambda carry, batch: iteration(carry, (x[batch], y[batch])), carry, batches)
 
 
 @jax.jit
 def right(w, x, y, solver):
-    return jnp.argmax(planar.logits(w, x, solver), 1) == y
+    return jnp.argmax(w.logits(x, solver), 1) == y
 
 
 def verdict(w, test, n):
     """The model under its own solver and finer ones."""
     tests = [(jode.euler, n), (jode.euler, 2 * n), (jode.euler, 4 * n), (jode.euler, 8 * n), (jode.midpoint, n), (jode.rk4, n)]
     solvers = [jode.Fixed(method, steps) for method, steps in tests]
-    outputs = partial(planar.ends, w, test[0][:500])
+    outputs = partial(w.ends, test[0][:500])
     return swap(partial(right, w, *test), solvers, outputs=outputs, reference=REFERENCE)
 
 

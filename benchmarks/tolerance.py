@@ -15,7 +15,7 @@ import optax
 
 import jode
 from jode import data
-from jode.models import planar
+from jode.models.planar import Planar, vector_field
 from jode.validity import ToleranceAdaptation, swap
 
 ITERATIONS, BATCH, MAX_STEPS = 10_000, 128, 512
@@ -49,9 +49,9 @@ def main(quick=False):
 
 def logits(w, x, solver):
     """Class scores and evaluations; the batch is one state, so that all points take the same steps."""
-    field = lambda t, x, w: jax.vmap(lambda x: planar.vector_field(t, x, w))(x)
-    sol = jode.solve(field, x, (0.0, 1.0), planar.prepared(w), solver=solver, adjoint=jode.Backprop(None))
-    return sol.ys[-1] @ w["head"]["weight"] + w["head"]["bias"], sol.stats.nfe
+    field = lambda t, x, w: jax.vmap(lambda x: vector_field(t, x, w))(x)
+    sol = jode.solve(field, x, (0.0, 1.0), w.field.prepared(), solver=solver, adjoint=jode.Backprop(None))
+    return sol.ys[-1] @ w.weight + w.bias, sol.stats.nfe
 
 
 @jax.jit
@@ -69,7 +69,7 @@ def accuracy_of(w, x, y, solver):
 def train(adapt, tol, iterations):
     keys = jax.random.split(jax.random.key(0), 4)
     data_train, test = data.spheres(keys[0], 2000), data.spheres(keys[1], 1000)
-    w = planar.init(keys[2])
+    w = Planar(key=keys[2])
     batches = jax.random.randint(keys[3], (iterations, BATCH), 0, 2000)
     (w, *_), path = run(adapt, (w, OPTIMIZER.init(w), adapt.init(tol)), *data_train, batches)
     return w, test, [np.asarray(x) for x in path]

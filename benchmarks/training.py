@@ -17,7 +17,7 @@ from jax.experimental.ode import odeint
 import jode
 import jode.data
 from benchmarks.adaptive_gradient import PROBLEMS
-from jode.models.image import classifier, features, logits, vector_field
+from jode.models import Classifier, vector_field
 
 try:
     import torch
@@ -60,7 +60,7 @@ def network(batch=32, width=32):
     """ODE-Net of Chen et al. 2018 on digits, Dopri5 at 1e-3."""
     train, _ = jode.data.digits()
     images, labels = jnp.asarray(train.images[:batch]), jnp.asarray(train.labels[:batch])
-    weights = classifier("ODE-Net", images.shape[1:], width).init(jax.random.key(0))
+    model = Classifier(images.shape[1:], width, key=jax.random.key(0))
 
     def with_jode(x, w, field=vector_field, **options):
         return jode.odeint(field, x, (0.0, 1.0), w, solver=jode.Adaptive(jode.dopri5, TOL, TOL, **options))[-1]
@@ -70,20 +70,19 @@ def network(batch=32, width=32):
         term, solver = diffrax.ODETerm(field), diffrax.Dopri5()
         return diffrax.diffeqsolve(term, solver, 0.0, 1.0, y0=x, args=w, stepsize_controller=controller, **options).ys[-1]
 
-    def rows(solve, weights, images, labels):
+    def rows(solve, model, images, labels):
         """Each image a solve of its own."""
 
         def one(image, label):
-            x = solve(features(weights, image), weights["block"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits(weights["head"], x), label)
+            x = solve(model.features(image), model.block)
+            return optax.softmax_cross_entropy_with_integer_labels(model.logits(x), label)
 
         return jnp.mean(jax.vmap(one)(images, labels))
 
-    def whole(solve, weights, images, labels):
+    def whole(solve, model, images, labels):
         """The batch as one state, with steps in common."""
-        x = solve(jax.vmap(partial(features, weights))(images), weights["block"])
-        scores = jax.vmap(partial(logits, weights["head"]))(x)
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, labels))
+        x = solve(jax.vmap(model.features)(images), model.block)
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(jax.vmap(model.logits)(x), labels))
 
     together = lambda t, x, w: jax.vmap(lambda x: vector_field(t, x, w))(x)
     tuned = {"dt0": 0.1, "throw": False, "max_steps": 32, "adjoint": diffrax.RecursiveCheckpointAdjoint(checkpoints=32)}
@@ -97,50 +96,48 @@ def network(batch=32, width=32):
         "diffrax, tuned, steps in common": partial(whole, partial(with_diffrax, field=together, **tuned)),
     }
     steps = {peer: step_of(loss)[0] for peer, loss in losses.items()}
-    x = jax.vmap(partial(features, weights))(images)
+    x = jax.vmap(model.features)(images)
 
-    def bare(weights, *_):
+    def bare(model, *_):
         """What jode evaluates with steps in common: the solve, then f and its vector-Jacobian product as often as in reverse."""
-        solved = jode.solve(together, x, (0.0, 1.0), weights["block"], solver=jode.Adaptive(jode.dopri5, TOL, TOL, **bound))
+        solved = jode.solve(together, x, (0.0, 1.0), model.block, solver=jode.Adaptive(jode.dopri5, TOL, TOL, **bound))
 
         def back(i, carry):
             x, xbar, wbar = carry
-            _, pull = jax.vjp(lambda x, w: together(0.1, x, w), x, weights["block"])
+            _, pull = jax.vjp(lambda x, w: together(0.1, x, w), x, model.block)
             xbar, step = pull(xbar)
             return x + 1e-3 * xbar, 0.5 * xbar, jax.tree.map(jnp.add, wbar, step)
 
-        nothing = jax.tree.map(jnp.zeros_like, weights["block"])
+        nothing = jax.tree.map(jnp.zeros_like, model.block)
         ends = jax.lax.fori_loop(0, solved.stats.nfe_backward, back, (solved.ys[-1], x, nothing))
         return jnp.sum(ends[0]), ends
 
     steps["bare f and vjp, as many as jode's"] = bare
     if torch is not None:
-        steps |= torch_network(weights, np.asarray(images), np.asarray(labels))
-    return steps, (weights, step_of(None)[1](weights), images, labels)
+        steps |= torch_network(model, np.asarray(images), np.asarray(labels))
+    return steps, (model, step_of(None)[1](model), images, labels)
 
 
-def torch_network(weights, images, labels):
+def torch_network(model, images, labels):
     """The same network and weights in PyTorch, the batch as one state."""
     tensor = lambda x: torch.tensor(np.asarray(x)).requires_grad_()
-    w = jax.tree.map(tensor, weights)
-    leaves = jax.tree.leaves(w)
-    optimiser = torch.optim.Adam(leaves, 0.0)  # the same weights at every call
+    w = jax.tree.map(tensor, model)
+    optimiser = torch.optim.Adam(jax.tree.leaves(w), 0.0)  # the same weights at every call
     x0, target = torch.tensor(images).permute(0, 3, 1, 2), torch.tensor(labels).long()
 
     def conv(w, x, t=None, padding=1):
         if t is not None:
             x = torch.cat([torch.ones_like(x[:, :1]) * t, x], 1)
-        return torch.nn.functional.conv2d(x, w["weight"].permute(3, 2, 0, 1), w["bias"], padding=padding)
+        return torch.nn.functional.conv2d(x, w.weight.permute(3, 2, 0, 1), w.bias, padding=padding)
 
     def norm(w, x):
         groups = min(32, x.shape[1] // 2)
-        return torch.nn.functional.group_norm(x, groups, w["scale"], w["shift"])
+        return torch.nn.functional.group_norm(x, groups, w.weight, w.bias)
 
     def field(t, x):
-        b = w["block"]
-        x = conv(b["conv1"], torch.relu(norm(b["norm1"], x)), t)
-        x = conv(b["conv2"], torch.relu(norm(b["norm2"], x)), t)
-        return norm(b["norm3"], x)
+        for layer in (w.block.first, w.block.second):
+            x = conv(layer.conv, torch.relu(norm(layer.norm, x)), t)
+        return norm(w.block.norm, x)
 
     class Field(torch.nn.Module):
         """torchdiffeq's adjoint asks for a module that owns its parameters."""
@@ -150,16 +147,16 @@ def torch_network(weights, images, labels):
 
     def step(solve, *_):
         optimiser.zero_grad()
-        x = conv(w["stem"][0]["conv"], x0, padding=0)
+        x = conv(w.stem[0], x0, padding=0)
         x = solve(Field(), x, torch.tensor([0.0, 1.0]), rtol=TOL, atol=TOL, method="dopri5")[-1]
-        x = torch.relu(norm(w["head"]["norm"], x)).mean((2, 3))
-        loss = torch.nn.functional.cross_entropy(x @ w["head"]["linear"]["weight"] + w["head"]["linear"]["bias"], target)
+        x = torch.relu(norm(w.norm, x)).mean((2, 3))
+        loss = torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, w.linear.weight, w.linear.bias), target)
         loss.backward()
         value = loss.detach().numpy()
         optimiser.step()
         return (value,)
 
-    block = tuple(jax.tree.leaves(w["block"]))
+    block = tuple(jax.tree.leaves(w.block))
     adjoint = partial(torchdiffeq.odeint_adjoint, adjoint_params=block)
     return {"torchdiffeq, odeint": partial(step, torchdiffeq.odeint), "torchdiffeq, odeint_adjoint": partial(step, adjoint)}
 

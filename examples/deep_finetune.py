@@ -9,6 +9,7 @@ smaller step of the same depth, and each learns weights of its own with `MemoryF
 import argparse
 from functools import partial
 
+import equinox as eqx
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,34 +17,30 @@ import numpy as np
 import jode
 from jode import data, train
 from jode.depth import smoothness, untie
-from jode.models import Classifier, deep
+from jode.models import Classifier, Residual
 
-TIED, DEPTHS, WIDTH = 8, (32, 128, 512), 8
+TIED, DEPTHS, WIDTH, SOLVER = 8, (32, 128, 512), 8, jode.Layers(jode.euler)
 
 
-def tied(shape):
+class Tied(eqx.Module):
     """One block, used in every layer: its gradient is the sum of theirs."""
-    net, one = deep(shape, TIED, width=WIDTH), deep(shape, 1, width=WIDTH)
 
-    def init(key):
-        weights = one.init(key)
-        return {**weights, "block": jax.tree.map(lambda x: x[0], weights["block"])}
+    net: Classifier
 
-    return Classifier(f"{TIED} tied layers", init, lambda w, image: net.apply({**w, "block": untie(w["block"], TIED)}, image))
+    def __call__(self, image, solver, adjoint=jode.Backprop()):
+        return untied(self.net, TIED)(image, solver, adjoint)
 
 
-def untied(shape, depth, weights, adjoint):
-    """The same function to O(1/N), with weights of its own in each layer."""
-    start = {**weights, "block": untie(weights["block"], depth)}
-    return Classifier(f"{depth} layers", lambda key: start, deep(shape, depth, width=WIDTH, adjoint=adjoint).apply)
+def untied(net, depth):
+    """A network of many layers for one of one block: the same function to O(1/N), with weights of its own in each layer."""
+    return eqx.tree_at(lambda net: net.block, net, untie(net.block, depth))
 
 
-def memory(model, training, batch):
+def memory(net, adjoint, training, batch):
     """MiB of temporaries of the gradient of one batch."""
-    weights = jax.eval_shape(model.init, jax.random.key(0))
     images, labels = training.images[:batch], training.labels[:batch]
-    gradient = jax.jit(jax.grad(lambda w: train.objective(model)(w, images, labels)[0]))
-    return gradient.lower(weights).compile().memory_analysis().temp_size_in_bytes / 2**20
+    gradient = jax.jit(jax.grad(lambda net: train.objective(SOLVER, adjoint)(net, images, labels)[0]))
+    return gradient.lower(net).compile().memory_analysis().temp_size_in_bytes / 2**20
 
 
 def main():
@@ -53,22 +50,22 @@ def main():
     p.add_argument("--out", default="deep_finetune.png")
     args = p.parse_args()
     training, test = data.mnist(args.data) if args.data else data.digits()
-    shape, batch = training.images.shape[1:], 64
-    base, report = train.fit(tied(shape), training, test, epochs=args.epochs, batch=batch, rate=1e-2)
+    batch, free = 64, jode.MemoryFree(max_drift=1.0)
+    start = Tied(Classifier(training.images.shape[1:], WIDTH, block=Residual, key=jax.random.key(0)))
+    base, report = train.fit(start, training, test, SOLVER, name=f"{TIED} tied layers", epochs=args.epochs, batch=batch, rate=1e-2)
     rows, after = [], None
     for depth in DEPTHS:
-        free, stored = (untied(shape, depth, base, a) for a in (jode.MemoryFree(max_drift=1.0), jode.Backprop(None)))
-        before = train.evaluator(free)(free.init(None), test)
-        after, tuned = train.fit(free, training, test, epochs=5, batch=batch, rate=3e-3)
-        rows.append(
-            (depth, 100 - 100 * before, 100 - 100 * tuned.error, memory(free, training, batch), memory(stored, training, batch))
-        )
+        net = untied(base.net, depth)
+        before = train.evaluator(SOLVER)(net, test)
+        after, tuned = train.fit(net, training, test, SOLVER, free, name=f"{depth} layers", epochs=5, batch=batch, rate=3e-3)
+        least, most = (memory(net, adjoint, training, batch) for adjoint in (free, jode.Backprop(None)))
+        rows.append((depth, 100 - 100 * before, 100 - 100 * tuned.error, least, most))
     print(f"\n{TIED} tied layers: {100 - 100 * report.error:.2f} % of test digits right\n")
     print("| layers | untied % | fine-tuned % | memory-free, MiB | backprop, MiB |\n|---:|---:|---:|---:|---:|")
     for row in rows:
         print("| {} | {:.2f} | {:.2f} | {:.2f} | {:.2f} |".format(*row))
-    print(f"\nsmoothness N max ‖θ_n+1 - θ_n‖ of the deepest: {smoothness(after['block']):.2f}")
-    figure(np.array(rows), 100 - 100 * report.error, after["block"], args.out)
+    print(f"\nsmoothness N max ‖θ_n+1 - θ_n‖ of the deepest: {smoothness(after.block):.2f}")
+    figure(np.array(rows), 100 - 100 * report.error, after.block, args.out)
 
 
 def figure(rows, start, block, out):
@@ -84,7 +81,7 @@ def figure(rows, start, block, out):
     b.plot(depths, free, "o-", color="#c6553b", label="memory-free")
     b.set(title="Memory of the gradient", xlabel="layers", ylabel="temporaries, MiB", xscale="log", yscale="log")
     b.set_yticks([1, 3, 10, 30], ["1", "3", "10", "30"])
-    entries = np.asarray(block["conv1"]["weight"])
+    entries = np.asarray(block.first.conv.weight)
     c.plot(place(len(entries)), (entries - entries.mean(0)).reshape(len(entries), -1)[:, :40], lw=1, color="#2d6ca2", alpha=0.6)
     c.set(title=f"40 weights of {len(entries)} layers, equal at first", xlabel="depth n / N", ylabel="weight - its mean over depth")
     for ax in (a, b):

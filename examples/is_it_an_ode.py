@@ -17,7 +17,7 @@ import optax
 
 import jode
 from jode import data, train
-from jode.models import planar
+from jode.models.planar import Planar, vector_field
 from jode.validity import StepAdaptation, crossings, first_step, swap
 
 OPTIMIZER, BATCH, COLORS = optax.adam(1e-4), 128, ("#2d6ca2", "#c6553b")
@@ -25,24 +25,24 @@ OPTIMIZER, BATCH, COLORS = optax.adam(1e-4), 128, ("#2d6ca2", "#c6553b")
 
 @jax.jit
 def right(w, x, y, solver):
-    return jnp.argmax(planar.logits(w, x, solver), 1) == y
+    return jnp.argmax(w.logits(x, solver), 1) == y
 
 
 @partial(jax.jit, static_argnums=(0, 4))
 def training(adapt, h, x, y, iterations):
     """All of it as one scan, traced once, whatever becomes of the step: weights, and the steps on the way."""
-    w = planar.init(jax.random.key(0))
+    w = Planar(key=jax.random.key(0))
     chosen = jax.random.randint(jax.random.key(1), (iterations, BATCH), 0, len(x))
     carry = (w, OPTIMIZER.init(w), adapt.init(h))
-    (w, *_), (steps, *_) = jax.lax.scan(train.adapted(adapt, planar.logits, OPTIMIZER), carry, (x[chosen], y[chosen]))
+    (w, *_), (steps, *_) = jax.lax.scan(train.adapted(adapt, Planar.logits, OPTIMIZER), carry, (x[chosen], y[chosen]))
     return w, steps
 
 
 def panel(ax, w, x, y, solver, title):
     """Where the flow takes points, by class."""
     n = solver.steps
-    ts, blocks = jnp.linspace(0, 1, n + 1), planar.prepared(w)
-    march = jax.vmap(lambda p: jode.odeint(planar.vector_field, p, ts, blocks, solver=jode.Fixed(solver.method, 1)))
+    ts, blocks = jnp.linspace(0, 1, n + 1), w.field.prepared()
+    march = jax.vmap(lambda p: jode.odeint(vector_field, p, ts, blocks, solver=jode.Fixed(solver.method, 1)))
     paths = march(x)
     for path, label in zip(np.asarray(paths[:40]), y[:40], strict=True):
         ax.plot(*path.T, "-o" if n < 10 else "-", color=COLORS[label], lw=0.7, ms=3, alpha=0.6)
@@ -75,7 +75,7 @@ def main():
     args = p.parse_args()
     x, y = data.spheres(jax.random.key(2), 2000)
     test = data.spheres(jax.random.key(3), 4000)
-    first = first_step(planar.vector_field, x[:BATCH], planar.prepared(planar.init(jax.random.key(0))))
+    first = first_step(vector_field, x[:BATCH], Planar(key=jax.random.key(0)).field.prepared())
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     fig, axes = plt.subplots(2, 3, figsize=(14, 8), constrained_layout=True)
     never, ending = StepAdaptation(every=args.iterations + 1), StepAdaptation(iterations=args.iterations)
@@ -86,7 +86,7 @@ def main():
         table = swap(
             partial(right, w, *test),
             [jode.Fixed(method, k) for method, k in tests],
-            outputs=partial(planar.ends, w, test[0][:500]),
+            outputs=partial(w.ends, test[0][:500]),
             reference=jode.Fixed(jode.rk4, 1024),
         )
         print(f"{name}:\n\n{table}\n")

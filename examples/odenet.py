@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -23,8 +23,7 @@ from matplotlib.ticker import LogLocator
 
 import jode
 from jode import data, train
-from jode.models import MODELS, classifier, features
-from jode.models.image import residual, vector_field
+from jode.models import MODELS, vector_field
 from jode.validity import swap
 
 INK, COLOURS = (
@@ -33,23 +32,24 @@ INK, COLOURS = (
 )
 
 
-def paths(weights, images):
+def paths(models, images):
     """The digits' states at each layer of ResNet-6, and along ODE-Net with the times of its evaluations."""
-    res, ode = weights["ResNet-6"], weights["ODE-Net"]
-    depths, ts, times, dots = jnp.arange(7.0), jnp.linspace(0, 1, 201), [], []
+    ts, times, dots = jnp.linspace(0, 1, 201), [], []
+
+    def path(name, ts, x, f=vector_field):
+        return jode.odeint(f, models[name].features(x), ts, models[name].block, solver=MODELS[name].solver)
 
     def spied(t, y, w):
         jax.debug.callback(lambda t: times.append(float(t)), t)
-        return vector_field(t, y, w)
+        return w(t, y)
 
     for x in images:
         times.clear()
-        jode.solve(spied, features(ode, x), (0.0, 1.0), ode["block"], solver=MODELS["ODE-Net"][1])
+        path("ODE-Net", (0.0, 1.0), x, spied)
         jax.effects_barrier()
         dots.append(np.array(times))
-    layers = jax.vmap(lambda x: jode.odeint(residual, features(res, x), depths, res["block"], solver=jode.Layers(jode.euler)))
-    curves = jax.vmap(lambda x: jode.odeint(vector_field, features(ode, x), ts, ode["block"], solver=MODELS["ODE-Net"][1]))
-    return flatten(layers(images)), ts, flatten(curves(images)), dots
+    layers, curves = (jax.vmap(partial(path, *of))(images) for of in (("ResNet-6", jnp.arange(7.0)), ("ODE-Net", ts)))
+    return flatten(layers), ts, flatten(curves), dots
 
 
 def flatten(states):
@@ -59,16 +59,11 @@ def flatten(states):
     return states @ np.linalg.svd(ends, full_matrices=False)[2][0]
 
 
-def verdict(weights, test, width, images=2000):
+def verdict(model, test, images=2000):
     """ODE-Net under other solvers than its own: is it an ODE? By right and wrong of each image, with measured errors of solvers."""
-    trained = MODELS["ODE-Net"][1]
+    trained = MODELS["ODE-Net"].solver
     solvers = [trained, jode.Adaptive(jode.dopri5, 1e-5, 1e-5), jode.Adaptive(jode.tsit5, 1e-4, 1e-4), jode.Fixed(jode.rk4, 16)]
-
-    @cache
-    def scores(solver):
-        model = classifier("ODE-Net", test.images.shape[1:], width, solver=solver)
-        return train.scorer(model)(weights["ODE-Net"], test.images[:images])
-
+    scores = cache(lambda solver: train.scorer(solver)(model, test.images[:images]))
     right = lambda solver: np.argmax(scores(solver), 1) == test.labels[:images]
     return swap(right, solvers, outputs=scores, reference=jode.Fixed(jode.rk4, 64))
 
@@ -83,10 +78,10 @@ def apart(y, gap):
     return z[np.argsort(order)]
 
 
-def figure(reports, weights, images, labels, out):
+def figure(reports, models, images, labels, out):
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK})
     fig, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
-    layers, ts, curves, dots = paths(weights, images)
+    layers, ts, curves, dots = paths(models, images)
     for ax, ends in ((a, layers[:, -1]), (b, curves[:, -1])):
         for label, end in zip(labels, apart(ends, 0.05 * np.ptp(ends)), strict=True):
             shade = plt.get_cmap("tab10")(int(label))
@@ -128,17 +123,17 @@ def main():
     except data.DataError as e:
         print(f"odenet: {e}", file=sys.stderr)
         sys.exit(2)
-    weights, reports = {}, []
-    for name in MODELS:
-        model = classifier(name, training.images.shape[1:], args.width)
-        settings = {"epochs": args.epochs, "batch": args.batch, "limit": args.limit, "seed": args.seed}
-        weights[name], report = train.fit(model, training, test, **settings)
+    models, reports = {}, []
+    settings = {"epochs": args.epochs, "batch": args.batch, "limit": args.limit, "seed": args.seed}
+    for name, (make, solver, adjoint) in MODELS.items():
+        model = make(training.images.shape[1:], args.width, key=jax.random.key(args.seed))
+        models[name], report = train.fit(model, training, test, solver, adjoint, name=name, **settings)
         reports.append(report)
     print("\n" + train.table(reports))
-    print(f"\nIs ODE-Net an ODE? Test accuracy under other solvers:\n\n{verdict(weights, test, args.width)}")
+    print(f"\nIs ODE-Net an ODE? Test accuracy under other solvers:\n\n{verdict(models['ODE-Net'], test)}")
     args.out.with_suffix(".json").write_text(json.dumps([asdict(r) for r in reports]))
     first = [int(np.flatnonzero(test.labels == k)[0]) for k in range(10)]
-    figure(reports, weights, test.images[first], test.labels[first], args.out)
+    figure(reports, models, test.images[first], test.labels[first], args.out)
     print(f"\nfigure: {args.out}")
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from types import CellType, FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.core
@@ -27,6 +27,9 @@ from jode.observe import Observed, Observer, Table, observing
 from jode.tree import Layout, State, hashable, is_inexact, merge, nan_unless, partition, widest
 from jode.window import Params
 
+if TYPE_CHECKING:
+    from jaxtyping import ArrayLike, Float, Inexact, Int32, PyTree, Real
+
 
 class SolveError(RuntimeError):
     """A solve that did not reach its end, raised by `jode.check`."""
@@ -39,27 +42,27 @@ class Solution:
 
     `ys` has the structure of y0 with a leading axis for the save times `ts`. `reached` is the time up to which the solution is
     known: ts[-1] after success, else the end of the last accepted step (`Adaptive`) or the last save time that is finite.
-    `observed` has the structure of `observe`, with what each observer kept.
+    `observed` has the structure of `observe`, with what each observer kept. Shapes are those of one trajectory.
     """
 
-    ts: Array
-    ys: Any
+    ts: Float[Array, " saves"]
+    ys: PyTree[Inexact[Array, "saves ..."]]
     stats: Stats
-    status: Array
-    reached: Array
+    status: Int32[Array, ""]
+    reached: Float[Array, ""]
     observed: Any = None
 
 
 def solve(
     f: Callable,
-    y0: Any,
-    ts: Any,
+    y0: PyTree[Inexact[ArrayLike, " ..."]],
+    ts: Real[ArrayLike, " saves"] | Sequence[ArrayLike],
     args: Any = None,
     *,
     solver: Solver = Adaptive(),
     adjoint: Adjoint = Backprop(),
     observe: Any = None,
-    stops: Any = None,
+    stops: Real[ArrayLike, " stops"] | Sequence[ArrayLike] | None = None,
     jumps: Any = None,
 ) -> Solution:
     """Solve dy/dt = f(t, y, args), y(ts[0]) = y0, and return y at every save time.
@@ -118,15 +121,15 @@ def solve(
 
 def odeint(
     f: Callable,
-    y0: Any,
-    ts: Any,
+    y0: PyTree[Inexact[ArrayLike, " ..."]],
+    ts: Real[ArrayLike, " saves"] | Sequence[ArrayLike],
     args: Any = None,
     *,
     solver: Solver = Adaptive(),
     adjoint: Adjoint = Backprop(),
-    stops: Any = None,
+    stops: Real[ArrayLike, " stops"] | Sequence[ArrayLike] | None = None,
     jumps: Any = None,
-) -> Any:
+) -> PyTree[Inexact[Array, "saves ..."]]:
     """`solve(...).ys`: the states at the save times, without counts or status."""
     return solve(f, y0, ts, args, solver=solver, adjoint=adjoint, stops=stops, jumps=jumps).ys
 
@@ -351,7 +354,7 @@ class _Unpack:
         return y[0] if self.observing else y
 
 
-def _solve(y0: Any, ts: Array, dynamic: list, static: Any, adjoint: Any, checked: bool) -> Solution:
+def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, checked: bool) -> Solution:
     f, args, solver, observers, watches, places, stops, jumps = merge(dynamic, static)
     y, ts = y0, jnp.asarray(ts)
     if observers:

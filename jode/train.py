@@ -17,8 +17,8 @@ import numpy as np
 import optax
 from jax import Array
 
+from jode.adjoint import Backprop
 from jode.data import Images
-from jode.models import Classifier
 from jode.validity import StepAdaptation
 
 
@@ -53,11 +53,11 @@ class Report:
         return float(np.median(self.seconds))
 
 
-def objective(model: Classifier) -> Callable:
-    """(weights, images, labels) -> (mean cross-entropy, Metrics) of a batch."""
+def objective(solver: Any = None, adjoint: Any = Backprop()) -> Callable:
+    """(model, images, labels) -> (mean cross-entropy, `Metrics`) of a batch, for a model like `jode.models.Classifier`."""
 
-    def loss(weights: Any, images: Array, labels: Array) -> tuple[Array, Metrics]:
-        logits, (nfe, nfe_backward) = jax.vmap(model.apply, (None, 0))(weights, images)
+    def loss(model: Callable, images: Array, labels: Array) -> tuple[Array, Metrics]:
+        logits, (nfe, nfe_backward) = jax.vmap(lambda image: model(image, solver, adjoint))(images)
         value = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
         accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
         return value, Metrics(value, accuracy, jnp.mean(jnp.asarray(nfe)), jnp.mean(jnp.asarray(nfe_backward)))
@@ -129,40 +129,56 @@ def batches(data: Images, size: int, epochs: int, seed: int = 0) -> Iterator[tup
 
 
 def fit(
-    model: Classifier,
+    model: Any,
     train: Images,
     test: Images,
+    solver: Any = None,
+    adjoint: Any = Backprop(),
     *,
+    name: str = "",
     epochs: int,
     batch: int = 128,
     rate: float = 3e-3,
     limit: int | None = None,
     seed: int = 0,
 ) -> tuple[Any, Report]:
-    """Train with AdamW under a one-cycle schedule (at most `limit` steps); returns the weights and a `Report`."""
+    """Train with AdamW under a one-cycle schedule (at most `limit` steps); returns the trained model and a `Report`.
+
+    Args:
+        model: a `jode.models.Classifier` or like it, each of whose leaves is a floating array.
+        train: images and labels to train on.
+        test: and to test on after each epoch.
+        solver: handed to the model, model(image, solver, adjoint).
+        adjoint: how its gradients are computed.
+        name: for the progress bar and the report.
+        epochs: how often each image is seen.
+        batch: images in one update.
+        rate: the highest learning rate.
+        limit: at most this many updates.
+        seed: of the order of the images.
+    """
     from tqdm import tqdm
 
-    weights = model.init(jax.random.key(seed))
     per_epoch = len(train.labels) // batch
     steps = min(epochs * per_epoch, limit or epochs * per_epoch)
     optimizer = optax.adamw(optax.cosine_onecycle_schedule(max(steps, 4), rate), weight_decay=1e-4)
-    state = optimizer.init(weights)
-    example = (weights, train.images[:batch], train.labels[:batch])
-    gradient = jax.jit(jax.grad(objective(model), has_aux=True)).lower(*example).compile()
+    state = optimizer.init(model)
+    example = (model, train.images[:batch], train.labels[:batch])
+    gradient = jax.jit(jax.grad(objective(solver, adjoint), has_aux=True)).lower(*example).compile()
     memory = gradient.memory_analysis()
-    report = Report(model.name, sum(x.size for x in jax.tree.leaves(weights)), memory.temp_size_in_bytes if memory else 0)
+    report = Report(name, sum(x.size for x in jax.tree.leaves(model)), memory.temp_size_in_bytes if memory else 0)
 
     @jax.jit
-    def update(weights: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
-        updates, state = optimizer.update(gradients, state, weights)
-        return optax.apply_updates(weights, updates), state
+    def update(model: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
+        updates, state = optimizer.update(gradients, state, model)
+        return optax.apply_updates(model, updates), state
 
-    errors = evaluator(model)
+    errors = evaluator(solver)
     columns, lines = shutil.get_terminal_size()  # 80 x 24 where the terminal does not say; tqdm alone would then print nothing
     bar = tqdm(
         islice(batches(train, batch, epochs, seed), steps),
         total=steps,
-        desc=f"{model.name:>14}",
+        desc=f"{name:>14}",
         bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         ncols=min(columns, 100),
         nrows=lines,
@@ -170,35 +186,35 @@ def fit(
     )
     for step, (images, labels) in enumerate(bar, 1):
         start = time.perf_counter()
-        gradients, metrics = gradient(weights, images, labels)
-        weights, state = jax.block_until_ready(update(weights, state, gradients))
+        gradients, metrics = gradient(model, images, labels)
+        model, state = jax.block_until_ready(update(model, state, gradients))
         report.seconds.append(time.perf_counter() - start)
         report.nfe.append(float(metrics.nfe))
         report.nfe_backward = float(metrics.nfe_backward)
         bar.set_postfix(loss=f"{metrics.loss:.3f}", acc=f"{metrics.accuracy:.3f}", nfe=f"{metrics.nfe:.0f}", refresh=False)
         if step % per_epoch == 0 or step == steps:
-            report.errors.append((step, errors(weights, test)))
-    return weights, report
+            report.errors.append((step, errors(model, test)))
+    return model, report
 
 
-def scorer(model: Classifier, batch: int = 250) -> Callable[[Any, np.ndarray], np.ndarray]:
-    """A function (weights, images) -> class scores (n, classes), jitted once for one batch size."""
-    apply = jax.jit(lambda weights, images: jax.vmap(model.apply, (None, 0))(weights, images)[0])
+def scorer(solver: Any = None, batch: int = 250) -> Callable[[Any, np.ndarray], np.ndarray]:
+    """A function (model, images) -> class scores (n, classes), jitted once for one batch size."""
+    apply = jax.jit(lambda model, images: jax.vmap(lambda image: model(image, solver)[0])(images))
 
-    def scores(weights: Any, images: np.ndarray) -> np.ndarray:
+    def scores(model: Any, images: np.ndarray) -> np.ndarray:
         n, parts = len(images), []
         for start in range(0, n, batch):
             index = np.arange(start, start + batch) % n
-            parts.append(np.asarray(apply(weights, images[index]))[: min(batch, n - start)])
+            parts.append(np.asarray(apply(model, images[index]))[: min(batch, n - start)])
         return np.concatenate(parts)
 
     return scores
 
 
-def evaluator(model: Classifier, batch: int = 250) -> Callable[[Any, Images], float]:
-    """A function (weights, data) -> fraction of images misclassified."""
-    scores = scorer(model, batch)
-    return lambda weights, data: float(np.mean(np.argmax(scores(weights, data.images), 1) != data.labels))
+def evaluator(solver: Any = None, batch: int = 250) -> Callable[[Any, Images], float]:
+    """A function (model, data) -> fraction of images misclassified."""
+    scores = scorer(solver, batch)
+    return lambda model, data: float(np.mean(np.argmax(scores(model, data.images), 1) != data.labels))
 
 
 def table(reports: list[Report]) -> str:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -89,3 +90,14 @@ def test_tolerances_below_the_dtype_are_raised_with_a_warning():
 def test_integer_slopes_and_integer_times_are_right():
     y = jode.odeint(lambda t, y, a: jnp.array([2, 3]), Y0, (0, 2))
     np.testing.assert_allclose(y[-1], [5.0, 8.0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("solver", [jode.Fixed(jode.rk4, 4), jode.Adaptive()], ids=["fixed", "adaptive"])
+def test_a_solution_has_the_dtypes_and_shapes_of_its_annotations(solver):
+    fall = lambda t, y, args: jax.tree.map(lambda x: -x, y)
+    sol = jode.solve(fall, {"a": Y0, "b": jnp.array(1j)}, jnp.array([0.0, 1.0, 3.0]), solver=solver)
+    names = {**vars(jaxtyping), "PyTree": jaxtyping.PyTree, "Array": jax.Array, "Stats": jode.Stats, "Any": object}
+    with jaxtyping.jaxtyped("context"):  # `saves` is one number
+        for value in (sol, sol.stats):
+            for name, note in type(value).__annotations__.items():
+                assert isinstance(getattr(value, name), eval(getattr(note, "__forward_arg__", note), names)), name

@@ -11,7 +11,7 @@ import scipy.stats
 
 import jode
 from jode import data, train
-from jode.models import planar
+from jode.models.planar import Planar
 from jode.validity import (
     StepAdaptation,
     StepState,
@@ -395,7 +395,7 @@ TRACES = []
 
 
 def logits(w, x, solver):
-    return planar.logits(w, x, solver, jode.MemoryFree(max_drift=10.0))
+    return w.logits(x, solver, jode.MemoryFree(max_drift=10.0))
 
 
 def iteration(carry, batch):
@@ -412,7 +412,7 @@ def standard_promotion():
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_one_trace_serves_every_step_count_and_training_resumes_bit_for_bit():
-    w = planar.init(jax.random.key(0), width=8)
+    w = Planar(width=8, key=jax.random.key(0))
     x, y = data.spheres(jax.random.key(1), 24 * 16)
     batches = x.reshape(24, 16, 2), y.reshape(24, 16)
     start = (w, OPTIMIZER.init(w), ADAPT.init(1 / 40))
@@ -473,9 +473,9 @@ def test_local_errors_are_those_of_the_steps(method):
 
 
 def test_only_a_gradient_must_know_how_many_states_to_store():
-    w = planar.init(jax.random.key(0), width=4)
+    w = Planar(width=4, key=jax.random.key(0))
     x = jnp.ones((3, 2))
-    value = lambda w, n: jnp.sum(planar.logits(w, x, jode.Fixed(jode.euler, n)))  # with Backprop(None)
+    value = lambda w, n: jnp.sum(w.logits(x, jode.Fixed(jode.euler, n)))  # with Backprop(None)
     np.testing.assert_allclose(jax.jit(value)(w, 5), value(w, 5), rtol=1e-6)
     with pytest.raises(ValueError, match="cannot know how many states"):
         jax.jit(jax.grad(value))(w, 5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.core
@@ -16,6 +16,9 @@ from jode.method import Method, Step
 from jode.runner import Runner
 from jode.tree import State
 from jode.window import Problem, Window
+
+if TYPE_CHECKING:
+    from jaxtyping import Int32
 
 
 class Status(IntEnum):
@@ -38,11 +41,11 @@ class Stats(NamedTuple):
     zero where it is not known (`Backsolve`). On a CPU small states (32 components) take one more per stage, not counted.
     """
 
-    nfe: Array
-    steps: Array
-    accepted: Array
-    rejected: Array
-    nfe_backward: Array
+    nfe: Int32[Array, ""]
+    steps: Int32[Array, ""]
+    accepted: Int32[Array, ""]
+    rejected: Int32[Array, ""]
+    nfe_backward: Int32[Array, ""]
 
 
 class Grid(NamedTuple):

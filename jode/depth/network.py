@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +20,21 @@ from jode.ivp import odeint
 from jode.method import Method, RungeKutta, dopri5, euler
 from jode.tree import depth_of, is_inexact, magnitude, real_dtype
 
+if TYPE_CHECKING:
+    from jaxtyping import ArrayLike, Inexact, PyTree
+
 
 @ordered
 def resnet(
     f: Callable,
-    x: Any,
+    x: PyTree[Inexact[ArrayLike, " ..."]],
     weights: Any,
     *,
     method: Method = euler,
     degree: int = 0,
     span: float | None = None,
     adjoint: Adjoint = Backprop(),
-) -> Any:
+) -> PyTree[Inexact[Array, " ..."]]:
     """The output of a residual network, one step of `method` per layer: x ← x + h f(t, x, θ_n) under Euler.
 
     Args:

@@ -1,5 +1,5 @@
 """What the examples share: small image classifiers around a residual net or an ODE."""
 
-from jode.models.image import MODELS, Classifier, classifier, deep, features
+from jode.models.image import MODELS, Classifier, Residual, VectorField, layers, vector_field
 
-__all__ = ["MODELS", "Classifier", "classifier", "deep", "features"]
+__all__ = ["MODELS", "Classifier", "Residual", "VectorField", "layers", "vector_field"]
