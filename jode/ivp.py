@@ -172,7 +172,7 @@ _REMEDIES = {
     Status.nonfinite_state: "the state became NaN or infinite: check y0, take smaller steps, or use Adaptive",
     Status.invalid_input: "numbers known only at run time are out of range: ts must be finite and increase throughout or decrease "
     "throughout, Fixed's steps lie between 1 and max_steps, Adaptive's tolerances and first_step not be negative, nor both "
-    "tolerances zero",
+    "tolerances zero, and its max_step be above zero",
 }
 
 

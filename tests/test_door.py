@@ -33,6 +33,8 @@ WRONG = {
     "zero tolerances": (lambda: jode.solve(f, Y0, TS, solver=jode.Adaptive(rtol=0.0, atol=0.0)), ValueError, "both zero"),
     "negative rtol": (lambda: jode.solve(f, Y0, TS, solver=jode.Adaptive(rtol=-1.0)), ValueError, "rtol must be"),
     "vector atol": (lambda: jode.solve(f, Y0, TS, solver=jode.Adaptive(atol=jnp.ones(2))), ValueError, "atol must be a scalar"),
+    "no width": (lambda: jode.solve(f, Y0, TS, solver=jode.Adaptive(max_step=0.0)), ValueError, "max_step must be a width above"),
+    "vector width": (lambda: jode.solve(f, Y0, TS, solver=jode.Adaptive(max_step=jnp.ones(2))), ValueError, "must be a scalar"),
     "no steps allowed": (lambda: jode.solve(f, Y0, TS, solver=jode.Adaptive(max_steps=0)), ValueError, "max_steps"),
     "adjoint class": (lambda: jode.solve(f, Y0, TS, adjoint=jode.Backprop), TypeError, "adjoint must be a value"),
     "no checkpoints": (lambda: jode.Backprop(0), ValueError, "positive int"),

@@ -46,6 +46,10 @@ class Adaptive(Solver):
     Hairer's (Hairer, Norsett & Wanner I, section II.4) unless given. Save times never force a step: states there are
     interpolated to the method's own quality. At most `max_steps` steps are tried. Tolerances below 4 ulp of the state's
     dtype are raised to that.
+
+    `max_step` > 0, if given, bounds the width of every step, the first one too, whichever way time runs. A state at rest lets
+    steps grow until they pass over a short event whole, and no error estimate sees it: half the width of the shortest event
+    that matters is a bound which does. Then at least |ts[-1] - ts[0]| / `max_step` steps are taken.
     """
 
     method: Method = _static(default=tsit5)
@@ -53,6 +57,7 @@ class Adaptive(Solver):
     atol: Any = 1e-6
     max_steps: int = _static(default=4096)
     first_step: Any = None
+    max_step: Any = None
     pcoeff: float = _static(default=0.0)
     icoeff: float = _static(default=1.0)
     dcoeff: float = _static(default=0.0)
@@ -82,7 +87,9 @@ class Adaptive(Solver):
             value = as_known(given, jnp.result_type(float))
             if value.ndim:
                 raise ValueError(f"Adaptive: {name} must be a scalar, got shape {value.shape}")
-            if concrete(value) and not (float(value) >= 0 and np.isfinite(float(value))):
+            if concrete(value) and name == "max_step" and not float(value) > 0:
+                raise ValueError(f"Adaptive: max_step must be a width above zero, or None for any, got {float(value)}")
+            if concrete(value) and name != "max_step" and not (float(value) >= 0 and np.isfinite(float(value))):
                 raise ValueError(f"Adaptive: {name} must be finite and not negative, got {float(value)}")
             numbers[name] = value
         rtol, atol = numbers["rtol"], numbers["atol"]
@@ -98,13 +105,13 @@ class Adaptive(Solver):
 
     def valid(self) -> Array | bool:
         valid = (self.rtol > 0) | (self.atol > 0)
-        for x in self.numbers.values():
-            valid = valid & (x >= 0) & jnp.isfinite(x)
+        for name, x in self.numbers.items():
+            valid = valid & (x > 0) if name == "max_step" else valid & (x >= 0) & jnp.isfinite(x)
         return valid
 
     @property
     def numbers(self) -> dict:
-        return {name: x for name in ("rtol", "atol", "first_step") if (x := getattr(self, name)) is not None}
+        return {name: x for name in ("rtol", "atol", "first_step", "max_step") if (x := getattr(self, name)) is not None}
 
     @property
     def static(self) -> Adaptive:
@@ -129,7 +136,8 @@ class Adaptive(Solver):
         F = lambda t, y: march.F(t, y, problem.params)
         norm, given = partial(_norm, march.rows, march.method.measured, problem.numbers), problem.numbers.get("first_step")
         width = _first_step(march.method.embedded_order or 0, F, norm, t, sign, jnp.abs(ts[-1] - t), y, slope, given)
-        return sign * jnp.maximum(width, 2 * _resolution(t))  # a state at rest says nothing about the scale of time
+        width = sign * jnp.maximum(width, 2 * _resolution(t))  # a state at rest says nothing about the scale of time
+        return _bounded(problem, width)
 
     def running(self, c: Progress, few: int = 0) -> Array:
         """Whether more than `few` rows want another step."""
@@ -149,7 +157,7 @@ class Adaptive(Solver):
         t = jnp.where(accept, t_new, c.t)
         errors = (jnp.maximum(e, 1e-4).astype(h.dtype), *c.errors)
         errors = tuple(jnp.where(accept, a, b) for a, b in zip(errors, c.errors, strict=False))
-        h = reach(t1, t, h * self._factor(e, c.errors).astype(h.dtype))
+        h = reach(t1, t, _bounded(problem, h * self._factor(e, c.errors).astype(h.dtype)))
         accepted, tried = c.accepted + accept.astype(jnp.int32), c.tried + active.astype(jnp.int32)
         c = c._replace(t=t, h=h, errors=errors, accepted=accepted, tried=tried, loops=c.loops + 1)
         return accept, self.judged(march, problem, c, accept)
@@ -228,6 +236,12 @@ def reach(t1: Array, t: Array, h: Array) -> Array:
     last = jnp.abs(h) >= jnp.abs(left)
     moves = jnp.abs(h) > _resolution(t)
     return jnp.where(last, left, jnp.where(moves, jax.lax.stop_gradient(t + h) - t, 0))
+
+
+def _bounded(problem: Problem, h: Array) -> Array:
+    """The step, no wider than `max_step` where that is given."""
+    most = problem.numbers.get("max_step")
+    return h if most is None else jnp.clip(h, -most.astype(h.dtype), most.astype(h.dtype))
 
 
 def _resolution(t: Array) -> Array:
