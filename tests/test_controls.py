@@ -78,3 +78,148 @@ def test_gradient_through_a_pulse(adjoint):
     np.testing.assert_allclose(jax.grad(end)(0.7, 1.0), np.sqrt(np.pi), rtol=1e-5)
     rows = jax.vmap(jax.grad(end))(jnp.array([0.7, 1.4]), jnp.array([1.0, 0.5]))
     np.testing.assert_allclose(rows, np.sqrt(np.pi), rtol=1e-5)
+
+
+# A tolerance for each component.
+
+
+def two(t, y, a):
+    """A slow component, and a fast one that it does not depend on."""
+    return jnp.stack([-a * y[0], 50 * jnp.cos(50 * t) + 0 * y[1]])
+
+
+def tree(t, y, a):
+    return {
+        "a": -a * y["a"] * (1 + jnp.sum(y["b"] ** 2).astype(float)),
+        "b": jnp.sin(y["b"]) * jnp.cos(t).astype(y["b"].dtype),
+        "z": 1j * y["z"],
+    }
+
+
+TREE = {"a": jnp.array([[1.0, 2.0, 0.5]]), "b": jnp.ones((2,), jnp.float32), "z": jnp.array(1.0 + 0j)}
+
+
+@pytest.mark.parametrize("method", [jode.tsit5, jode.dopri8], ids=str)
+def test_a_component_of_loose_tolerance_is_not_controlled(method):
+    """The error is then that of the other component, over √2: the same steps as without it."""
+    sol = jode.solve(two, jnp.array([1.0, 0.0]), (0.0, 3.0), 1.0, solver=jode.Adaptive(method, 0.0, jnp.array([1e-8, 1e30])))
+    alone = jode.solve(lambda t, y, a: -y, 1.0, (0.0, 3.0), solver=jode.Adaptive(method, 0.0, 1e-8 * 2**0.5))
+    np.testing.assert_allclose(sol.ys[:, 0], alone.ys, rtol=1e-13)
+    assert sol.stats == alone.stats
+    both = jode.solve(two, jnp.array([1.0, 0.0]), (0.0, 3.0), 1.0, solver=jode.Adaptive(method, 0.0, 1e-8))
+    assert both.stats.steps > 5 * sol.stats.steps
+
+
+SAME = {
+    "a prefix": {"a": 1e-5, "b": 1e-5, "z": 1e-5},
+    "leaves that broadcast": {"a": jnp.full((3,), 1e-5), "b": np.full((1,), 1e-5), "z": np.float32(1e-5)},
+    "all components": {"a": jnp.full((1, 3), 1e-5), "b": jnp.full((2,), 1e-5), "z": 1e-5},
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "adjoint"), [*((form, None) for form in SAME), *(("leaves that broadcast", a) for a in ADJOINTS[1:])], ids=str
+)
+def test_equal_tolerances_are_one_tolerance(form, adjoint):
+    ts, a = (0.0, 1.0, 2.0), 0.7
+
+    def run(atol):
+        solver = jode.Adaptive(jode.tsit5, 1e-4, atol)
+        if adjoint is None:
+            sol = jax.jit(lambda y, atol: jode.solve(tree, y, ts, a, solver=jode.Adaptive(jode.tsit5, 1e-4, atol)))(TREE, atol)
+            return sol.ys, sol.stats
+        end = lambda y, a: jode.odeint(tree, y, ts, a, solver=solver, adjoint=adjoint)["a"].sum()
+        return jax.grad(end, (0, 1))(TREE, a)
+
+    for x, y in zip(jax.tree.leaves(run(SAME[form])), jax.tree.leaves(run(1e-5)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6 if x.dtype == jnp.float32 else 1e-9)
+
+
+def wide(t, y, a):
+    return -a * y * (1 + jnp.sin(3 * t) * jnp.linspace(0.0, 1.0, y.shape[0]))
+
+
+@pytest.mark.parametrize(("shared", "size"), [("atol", 2), ("atol", 40), ("y0", 40), ("neither", 2)])
+def test_rows_with_tolerances_for_each_component(shared, size):
+    """Each row steps as it does alone, whether tolerances are its own or common, wherever rows lie."""
+    rng = np.random.default_rng(0)
+    y0, atol = rng.normal(size=(3, size)), 10.0 ** rng.uniform(-8, -3, (3, size))
+    axes = (None if shared == "y0" else 0, None if shared == "atol" else 0)
+    given = [jnp.asarray(x[0] if axis is None else x) for x, axis in zip((y0, atol), axes, strict=True)]
+
+    def solve(y, atol, a):
+        return jode.solve(wide, y, (0.0, 0.3, 2.0), a, solver=jode.Adaptive(jode.bosh3, 1e-6, atol))
+
+    gradient = jax.jit(jax.grad(lambda y, atol, a: jnp.sum(solve(y, atol, a).ys[-1] ** 2), (0, 2)))
+    a = jnp.array([1.0, 2.0, 3.0])
+    sol, grads = jax.vmap(solve, (*axes, 0))(*given, a), jax.vmap(gradient, (*axes, 0))(*given, a)
+    steps = set()
+    for i in (0, 2):
+        own = [x if axis is None else x[i] for x, axis in zip(given, axes, strict=True)]
+        alone = solve(*own, a[i])
+        steps.add(int(alone.stats.steps))
+        assert alone.stats.steps == sol.stats.steps[i]
+        np.testing.assert_allclose(sol.ys[i], alone.ys, rtol=1e-11, atol=1e-14)
+        for x, y in zip(grads, gradient(*own, a[i]), strict=True):
+            np.testing.assert_allclose(x[i], y, rtol=1e-10, atol=1e-14)
+    assert len(steps) > 1
+
+
+def test_many_rows_with_tolerances_of_their_own_finish_in_groups():
+    rng = np.random.default_rng(1)
+    atol = jnp.asarray(10.0 ** np.where(rng.uniform(size=(4100, 1)) < 0.02, -6, rng.uniform(-4, -2, (4100, 2))))
+    y0 = jnp.asarray(rng.normal(size=(4100, 2)))
+    solve = lambda y, atol: jode.solve(lotka_volterra, 1 + y**2, (0.0, 1.0), solver=jode.Adaptive(jode.bosh3, 0.0, atol))
+    sol = jode.check(jax.vmap(solve)(y0, atol))
+    few = np.argsort(sol.stats.steps)[jnp.array([0, 2000, 4098, 4099])]
+    for i in few:
+        np.testing.assert_allclose(sol.ys[i], solve(y0[i], atol[i]).ys, rtol=1e-11)
+
+
+def test_traced_tolerances_of_components_out_of_range_are_a_status():
+    solve = lambda rtol, atol: jode.solve(two, jnp.array([1.0, 0.0]), (0.0, 1.0), 1.0, solver=jode.Adaptive(rtol=rtol, atol=atol))
+    atol = jnp.array([[1e-3, 1e-3], [1e-3, -1e-3], [1e-3, 0.0], [np.nan, 1e-3], [np.inf, 1e-3]])
+    good = lambda rtol: [int(s) for s in jax.vmap(solve, (None, 0))(rtol, atol).status]
+    bad = Status.invalid_input
+    assert good(1e-3) == [Status.success, bad, Status.success, bad, bad]
+    assert good(0.0) == [Status.success, bad, bad, bad, bad]
+
+
+def test_observers_have_no_tolerance():
+    """What they keep is of another dtype, in a vector of its own, and is not measured."""
+
+    @dataclass(frozen=True)
+    class Count(jode.Observer):
+        def init(self, t, y, args):
+            return jnp.zeros((), jnp.float16)
+
+        def step(self, kept, t, y, args):
+            return kept + 1
+
+    atol = {"a": 1e-7, "b": 1e-2, "z": 1e-4}
+    solve = lambda **more: jode.solve(tree, TREE, (0.0, 2.0), 0.7, solver=jode.Adaptive(rtol=1e-4, atol=atol), **more)
+    seen, sol = solve(observe=Count()), solve()
+    assert int(seen.observed) == int(sol.stats.accepted)
+    assert seen.stats.steps == sol.stats.steps
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["the solve's", "its own"])
+def test_the_way_back_weighs_the_adjoint_like_the_state(own):
+    """A component that needs small steps is left alone on both ways where its tolerance is loose; the other's gradient is as good."""
+    atol = {"slow": 1e-8, "fast": 1e30}
+    f = lambda t, y, a: {"slow": -a * y["slow"], "fast": 0.05 * jnp.cos(50 * t) + 0 * y["fast"]}
+    count = []
+
+    def gradient(back):
+        solver = jode.Adaptive(rtol=1e-8, atol=back if not own else 1e-9)
+        adjoint = jode.Backsolve(jode.Adaptive(rtol=0.0, atol=back)) if own else jode.Backsolve()
+        solver = solver if own else jode.Adaptive(rtol=0.0, atol=back)
+        g = lambda t, y, a: (jax.debug.callback(count.append, t), f(t, y, a))[1]
+        end = lambda a: jode.odeint(g, {"slow": 1.0, "fast": 0.0}, (0.0, 1.0), a, solver=solver, adjoint=adjoint)["slow"][-1]
+        count.clear()
+        found = jax.jit(jax.vmap(jax.grad(end)))(jnp.array([1.0, 2.0]))
+        jax.effects_barrier()
+        np.testing.assert_allclose(found, -np.exp(-np.array([1.0, 2.0])), rtol=1e-6)
+        return len(count)
+
+    assert gradient(atol) < gradient(1e-8)

@@ -32,7 +32,27 @@ WRONG = {
     "steps 2.5": (lambda: jode.solve(f, Y0, TS, solver=jode.Fixed(jode.rk4, 2.5)), TypeError, "steps must be an int"),
     "zero tolerances": (lambda: jode.solve(f, Y0, TS, solver=jode.Adaptive(rtol=0.0, atol=0.0)), ValueError, "both zero"),
     "negative rtol": (lambda: jode.solve(f, Y0, TS, solver=jode.Adaptive(rtol=-1.0)), ValueError, "rtol must be"),
-    "vector atol": (lambda: jode.solve(f, Y0, TS, solver=jode.Adaptive(atol=jnp.ones(2))), ValueError, "atol must be a scalar"),
+    "atol of another shape": (
+        lambda: jode.solve(f, Y0, TS, solver=jode.Adaptive(atol=jnp.ones(3))),
+        ValueError,
+        r"atol has shape \(3,\) and must broadcast",
+    ),
+    "atol of more axes": (lambda: jode.solve(f, 1.0, TS, solver=jode.Adaptive(atol=jnp.ones(1))), ValueError, "must broadcast"),
+    "atol of another structure": (
+        lambda: jode.solve(f, Y0, TS, solver=jode.Adaptive(atol=[1e-6, 1e-3])),
+        ValueError,
+        "atol must be a number, or have the structure of y0",
+    ),
+    "negative leaf of atol": (
+        lambda: jode.solve(f, {"a": 1.0, "b": Y0}, TS, solver=jode.Adaptive(atol={"a": 1e-6, "b": -Y0})),
+        ValueError,
+        r"atol\['b'\] must be finite and not negative",
+    ),
+    "a zero tolerance": (
+        lambda: jode.solve(f, Y0, TS, solver=jode.Adaptive(rtol=0.0, atol=np.array([1e-6, 0.0]))),
+        ValueError,
+        "both zero",
+    ),
     "no width": (lambda: jode.solve(f, Y0, TS, solver=jode.Adaptive(max_step=0.0)), ValueError, "max_step must be a width above"),
     "vector width": (lambda: jode.solve(f, Y0, TS, solver=jode.Adaptive(max_step=jnp.ones(2))), ValueError, "must be a scalar"),
     "no steps allowed": (lambda: jode.solve(f, Y0, TS, solver=jode.Adaptive(max_steps=0)), ValueError, "max_steps"),

@@ -20,11 +20,11 @@ REFERENCE = Adaptive(dopri8, 1e-6, 1e-6, max_steps=65_536)
 
 
 def error_scale(solver: Fixed | Adaptive) -> float:
-    """The nominal error of a solver: h^p for `steps` = 1/h steps of order p, or the tolerance (the larger of rtol and atol)."""
+    """The nominal error of a solver: h^p for `steps` = 1/h steps of order p, or the tolerance (the largest of rtol and atol)."""
     if isinstance(solver, Fixed):
         return float(solver.steps) ** -solver.method.order
     if isinstance(solver, Adaptive):
-        return max(float(solver.rtol), float(solver.atol))
+        return max(float(np.max(x)) for x in jax.tree.leaves((solver.rtol, solver.atol)))
     raise TypeError(f"solver must be jode.Fixed or jode.Adaptive, got {solver!r}: give `outputs`, and its error is measured")
 
 
@@ -403,6 +403,8 @@ def _plain(solver: Any) -> Any:
     if isinstance(solver, Fixed):
         return replace(solver, steps=int(solver.steps))
     if isinstance(solver, Adaptive):
+        if len(jax.tree.leaves(solver.atol)) != 1 or np.ndim(solver.atol):
+            raise ValueError("solvers are compared by value here: give Adaptive one number for atol")
         return replace(solver, rtol=float(solver.rtol), atol=float(solver.atol))
     return solver
 
