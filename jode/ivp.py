@@ -99,7 +99,7 @@ def solve(
         f = _Spied(f, spy)
     y0 = _state(y0)
     ts = _times(ts, y0)
-    solver = solver.checked(y0)
+    solver = solver.checked(y0).over(ts)
     observers, places = _observers(observe)
     if observers and not adjoint.sees_steps:
         raise ValueError(
@@ -171,8 +171,8 @@ _REMEDIES = {
     Status.nonfinite_dynamics: "f returned NaN or infinity at the initial state: check y0, args and the domain of f",
     Status.nonfinite_state: "the state became NaN or infinite: check y0, take smaller steps, or use Adaptive",
     Status.invalid_input: "numbers known only at run time are out of range: ts must be finite and increase throughout or decrease "
-    "throughout, Fixed's steps lie between 1 and max_steps, Adaptive's tolerances and first_step not be negative, nor both "
-    "tolerances zero, and its max_step be above zero",
+    "throughout, Fixed's steps lie between 1 and max_steps, its width be above zero, Adaptive's tolerances and first_step not be "
+    "negative, nor both tolerances zero, and its max_step be above zero",
 }
 
 

@@ -223,3 +223,102 @@ def test_the_way_back_weighs_the_adjoint_like_the_state(own):
         return len(count)
 
     assert gradient(atol) < gradient(1e-8)
+
+
+# Steps of a width.
+
+decay = lambda t, y, a: -a * y
+
+
+@pytest.mark.parametrize(
+    ("ts", "width", "steps"),
+    [
+        ((0.0, 1.0), 0.1, 10),
+        ((1.0, 0.0), 0.3, 4),
+        ((0.0, 1.0), 5.0, 1),
+        ((0.0, 0.1, 0.45), 0.1, 4),
+        ((0.3, 0.3), 0.1, 1),
+        (np.linspace(0, 1, 11), 0.1, 1),
+        (np.linspace(0, 1.1, 2), 0.1, 11),
+        (np.linspace(100, 101, 11, dtype=np.float32), 0.1, 1),
+        (np.linspace(0, 1, 11), 0.0999, 2),
+        ((0.0, 1.0), np.inf, 1),
+    ],
+    ids=str,
+)
+def test_a_width_is_as_many_steps_as_the_longest_interval_needs(ts, width, steps):
+    """The same numbers as with that count, whether it is found before the program is traced or by it."""
+    y0 = jnp.array([1.0, 2.0])
+    want = jode.solve(decay, y0, ts, 0.7, solver=jode.Fixed(jode.heun, steps))
+    sol = jode.solve(decay, y0, ts, 0.7, solver=jode.Fixed(jode.heun, width=width))
+    traced = jax.jit(lambda w: jode.solve(decay, y0, ts, 0.7, solver=jode.Fixed(jode.heun, width=w, max_steps=16)))(width)
+    moved = jax.jit(lambda ts: jode.solve(decay, y0, ts, 0.7, solver=jode.Fixed(jode.heun, width=width)))(jnp.asarray(ts))
+    assert np.array_equal(sol.ys, want.ys)
+    for found in (sol, traced, moved):
+        assert found.stats.steps == (len(ts) - 1) * steps
+        np.testing.assert_allclose(found.ys, want.ys, rtol=1e-12)
+
+
+def test_a_known_width_is_a_scan_and_a_traced_one_changes_without_compiling():
+    traces = []
+    f = lambda t, y, a: (traces.append(t), -a * y)[1]
+    solve = lambda **steps: jode.odeint(f, 1.0, (0.0, 1.0), 0.7, solver=jode.Fixed(jode.rk4, **steps))[-1]
+    known, counted = (jax.jit(lambda n=n: solve(**n)).lower().as_text() for n in ({"width": 0.125}, {"steps": 8}))
+    assert known == counted
+    run = jax.jit(lambda width: solve(width=width))
+    first, before = abs(run(0.25) - np.exp(-0.7)), len(traces)
+    assert 14 < first / abs(run(0.125) - np.exp(-0.7)) < 18  # fourth order
+    assert len(traces) == before
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
+def test_rows_have_widths_and_gradients(adjoint):
+    def end(a, width, t1):
+        ts = jnp.stack([jnp.zeros_like(t1), t1 / 3, t1])
+        return jode.odeint(decay, 1.0, ts, a, solver=jode.Fixed(jode.rk4, width=width, max_steps=64), adjoint=adjoint)[-1]
+
+    a, width, t1 = jnp.array([0.5, 1.0, 2.0]), jnp.array([0.1, 0.07, 0.05]), jnp.array([1.0, -1.0, 2.0])
+    gradient = jax.jit(jax.vmap(jax.grad(end, (0, 2))))(a, width, t1)
+    exact = -t1 * np.exp(-a * t1), -a * np.exp(-a * t1)
+    for found, want in zip(gradient, exact, strict=True):
+        np.testing.assert_allclose(found, want, rtol=1e-4)
+
+
+def test_the_way_back_may_have_a_width():
+    adjoint = jode.Backsolve(jode.Fixed(jode.rk4, width=0.05))
+    end = lambda a, t1: jode.odeint(decay, 1.0, jnp.stack([0.0, 0.1, t1]), a, solver=jode.Fixed(jode.rk4, 20), adjoint=adjoint)[-1]
+    found = jax.vmap(jax.grad(end))(jnp.array([0.7, 0.7]), jnp.array([1.0, 2.0]))
+    np.testing.assert_allclose(found, -np.array([1.0, 2.0]) * np.exp(-0.7 * np.array([1.0, 2.0])), rtol=1e-6)
+
+
+@pytest.mark.parametrize("width", [0.0, -0.1, np.nan, 0.01, 1e-12])
+def test_a_traced_width_out_of_range_is_a_status(width):
+    solve = lambda w: jode.solve(decay, 1.0, (0.0, 1.0), 0.7, solver=jode.Fixed(jode.rk4, width=w, max_steps=16))
+    sol = jax.vmap(solve)(jnp.array([0.1, width]))
+    assert list(sol.status) == [Status.success, Status.invalid_input]
+
+
+def test_validity_knows_widths():
+    assert jode.validity.error_scale(jode.Fixed(jode.rk4, width=0.1)) == pytest.approx(1e-4)
+    assert jode.validity.error_scale(jode.Fixed(jode.rk4)) == 1.0
+
+
+# Beside stops and jumps.
+
+
+@pytest.mark.parametrize("solver", ["adaptive", "fixed"])
+def test_stops_keep_the_widest_step_and_the_tolerances(solver):
+    """A kick at t = 50 in the middle of rest, and a pulse at t = 100."""
+    jumps = (jnp.array([50.0]), lambda t, y, a: {"u": y["u"] + 2, "v": y["v"] - 1})
+    f = lambda t, y, a: {"u": pulse(t, y, a), "v": -0.1 * y["v"]}
+
+    def solve(a, atol):
+        adaptive = jode.Adaptive(rtol=1e-6, atol={"u": atol, "v": 1e-8}, max_step=1.0)
+        control = adaptive if solver == "adaptive" else jode.Fixed(jode.rk4, width=0.5)
+        return jode.solve(f, {"u": 0.0, "v": 0.0}, (0.0, 200.0), a, solver=control, jumps=jumps, observe=Widest())
+
+    sol = jax.vmap(solve)(jnp.array([1.0, 2.0]), jnp.array([1e-8, 1e-3]))
+    np.testing.assert_allclose(sol.ys["u"][:, -1], 2 + np.sqrt(np.pi) * np.array([1.0, 2.0]), rtol=1e-5)
+    assert (sol.observed["h"] <= 1 + 1e-13).all()
+    slope = jax.grad(lambda a: solve(a, 1e-7).ys["u"][-1])(1.0)
+    np.testing.assert_allclose(slope, np.sqrt(np.pi), rtol=1e-5)

@@ -113,7 +113,7 @@ def _solve_back(adjoint: Backsolve, march: March, good: Array, ys: State, proble
 
     solver, numbers, steps = march.solver, problem.numbers, march.plan.steps
     if adjoint.solver is not None:
-        given = adjoint.solver.checked(march.plan.layout.like)
+        given = adjoint.solver.checked(march.plan.layout.like).over(ts)
         solver, steps = given.static, given.steps_between(1, None)
         numbers = jax.tree.map(jnp.asarray, given.numbers)
         numbers = numbers_to_layout(rows, numbers, jax.tree.map(lambda _: False, numbers))

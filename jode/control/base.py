@@ -85,6 +85,10 @@ class Solver:
         """The solver with its numbers checked and made arrays."""
         return self
 
+    def over(self, ts: Any) -> Any:
+        """The checked solver with what follows from the times it goes over."""
+        return self
+
     def valid(self) -> Array | bool:
         """Whether numbers that are traced are in their range."""
         return True
