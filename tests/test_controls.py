@@ -261,7 +261,7 @@ def test_a_width_is_as_many_steps_as_the_longest_interval_needs(ts, width, steps
 
 def test_a_known_width_is_a_scan_and_a_traced_one_changes_without_compiling():
     traces = []
-    f = lambda t, y, a: (traces.append(t), -a * y)[1]
+    f = lambda t, y, a: (traces.append(1), -a * y)[1]
     solve = lambda **steps: jode.odeint(f, 1.0, (0.0, 1.0), 0.7, solver=jode.Fixed(jode.rk4, **steps))[-1]
     known, counted = (jax.jit(lambda n=n: solve(**n)).lower().as_text() for n in ({"width": 0.125}, {"steps": 8}))
     assert known == counted
@@ -301,6 +301,99 @@ def test_a_traced_width_out_of_range_is_a_status(width):
 def test_validity_knows_widths():
     assert jode.validity.error_scale(jode.Fixed(jode.rk4, width=0.1)) == pytest.approx(1e-4)
     assert jode.validity.error_scale(jode.Fixed(jode.rk4)) == 1.0
+
+
+# Weights that all layers share.
+
+RNG = np.random.default_rng(3)
+NET = {"own": {"a": jnp.asarray(RNG.normal(size=(6, 3, 3)))}, "all": [jnp.asarray(RNG.normal(size=3)), jnp.asarray(2), "tanh"]}
+REPEATED = {"own": NET["own"], "all": [jnp.tile(NET["all"][0], (6, 1)), jnp.full(6, 2), "tanh"]}
+AXES = {"own": 0, "all": None}
+X = jnp.array([0.3, -0.2, 0.9])
+
+
+def block(t, x, w):
+    b, n, name = w["all"]
+    assert name == "tanh"
+    return jnp.tanh(w["own"]["a"] @ x * n.astype(float) + b + t)
+
+
+@pytest.mark.parametrize("adjoint", [jode.Backprop(), jode.Backprop(2), jode.MemoryFree()], ids=str)
+@pytest.mark.parametrize(("method", "degree"), [(jode.euler, 0), (jode.heun, 1)], ids=str)
+def test_shared_weights_get_the_sum_of_the_gradients_of_their_copies(method, degree, adjoint):
+    steps = 6 - degree
+
+    def loss(a, b, w, axes, x):
+        w = {"own": {"a": a}, "all": [b, *w["all"][1:]]}
+        ts = (0.0, 0.2, 1.0) if steps % 2 == 0 else (0.0, 1.0)
+        return jnp.sum(jode.odeint(block, x, ts, w, solver=jode.Layers(method, degree, axes), adjoint=adjoint)[1:] ** 2)
+
+    for batch in (False, True):
+        x = jnp.stack([X, 2 * X]) if batch else X
+        total = lambda a, b, w, axes, x, batch=batch: (
+            jnp.sum(jax.vmap(lambda x: loss(a, b, w, axes, x))(x)) if batch else loss(a, b, w, axes, x)
+        )
+        grad = jax.value_and_grad(total, (0, 1, 4))
+        value, (a, b, xbar) = grad(NET["own"]["a"], NET["all"][0], NET, AXES, x)
+        want, (a_, b_, xbar_) = grad(NET["own"]["a"], REPEATED["all"][0], REPEATED, 0, x)
+        for found, expected in ((value, want), (a, a_), (b, jnp.sum(b_, axis=0)), (xbar, xbar_)):
+            np.testing.assert_allclose(found, expected, rtol=1e-11)
+    each = jax.vmap(jax.grad(lambda b: loss(NET["own"]["a"], b, NET, AXES, X)))(jnp.stack([NET["all"][0], jnp.ones(3)]))
+    alone = jax.grad(lambda b: loss(NET["own"]["a"], b, NET, AXES, X))(NET["all"][0])
+    np.testing.assert_allclose(each[0], alone, rtol=1e-11)
+
+
+def test_resnet_and_observers_with_shared_weights():
+    """x + block_n(x), by hand; the observer sees the first layer's slice at the start and each layer's after."""
+
+    @dataclass(frozen=True)
+    class Sums(jode.Observer):
+        def init(self, t, y, args):
+            return jnp.sum(args["own"]["a"]) + jnp.sum(args["all"][0])
+
+        def step(self, kept, t, y, args):
+            return kept + jnp.sum(args["own"]["a"]) + jnp.sum(args["all"][0])
+
+    x = X
+    for n in range(6):
+        x = x + block(float(n), x, {"own": {"a": NET["own"]["a"][n]}, "all": NET["all"]})
+    np.testing.assert_allclose(jode.resnet(block, X, NET, depth_axes=AXES), x, rtol=1e-13)
+    solver = jode.Layers(jode.euler, depth_axes=AXES)
+    sol = jax.jit(lambda w: jode.solve(block, X, (0.0, 6.0), {**NET, "own": w}, solver=solver, observe=Sums()))(NET["own"])
+    np.testing.assert_allclose(sol.ys[-1], x, rtol=1e-13)
+    sums = jnp.sum(NET["own"]["a"], axis=(1, 2)) + jnp.sum(NET["all"][0])
+    np.testing.assert_allclose(sol.observed, sums[0] + jnp.sum(sums), rtol=1e-12)
+
+
+def test_depth_axes_are_a_value():
+    """Equal ones compile once, and a network is an argument of a jitted function like any other."""
+    traces = []
+    f = lambda t, x, w: (traces.append(1), block(t, x, w))[1]
+    for _ in range(2):
+        jode.odeint(f, X, (0.0, 1.0), NET, solver=jode.Layers(jode.euler, depth_axes={"own": 0, "all": None}))
+    assert len(traces) == 1
+    assert jode.Layers(jode.euler, depth_axes=AXES) == jode.Layers(jode.euler, depth_axes=dict(AXES))
+    run = jax.jit(lambda solver: jode.odeint(block, X, (0.0, 1.0), NET, solver=solver)[-1])
+    assert np.isfinite(run(jode.Layers(jode.euler, depth_axes=AXES))).all()
+
+
+@pytest.mark.parametrize(
+    ("axes", "match"),
+    [
+        ({"own": 0}, "depth_axes must have the structure of args"),
+        ({"own": 0, "all": 1}, "must hold 0 .* and None"),
+        (None, "same depth"),
+        (0, "same depth"),
+        ({"own": 0, "all": [None, 0, None]}, "same depth"),
+    ],
+)
+def test_impossible_depth_axes_are_refused(axes, match):
+    for call in (
+        lambda: jode.odeint(block, X, (0.0, 1.0), NET, solver=jode.Layers(jode.euler, depth_axes=axes)),
+        lambda: jode.resnet(block, X, NET, depth_axes=axes, span=1.0),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
 
 
 # Beside stops and jumps.

@@ -103,6 +103,10 @@ class Solver:
         """The solver without its numbers."""
         return self
 
+    def leading(self, args: Any) -> list[bool]:
+        """Which leaves of args lead with depth."""
+        return [self.layered and isinstance(x, jax.Array) for x in jax.tree.leaves(args)]
+
     def layers(self, args: Any, intervals: int) -> int | None:
         """How many layers args stack, for a solver whose steps read one each."""
         return None

@@ -171,10 +171,25 @@ class Fixed(Equal):
         return intervals * (steps or self.max_steps or 0)
 
 
+@dataclass(frozen=True)
+class Axes:
+    """A pytree of 0 and None, as a value that can be hashed."""
+
+    treedef: Any
+    axes: tuple
+
+    @property
+    def tree(self) -> Any:
+        return jax.tree.unflatten(self.treedef, self.axes)
+
+    def __repr__(self) -> str:
+        return repr(self.tree)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Layers(Equal):
-    """One step of `method` for each slice along the leading axis of every array in `args`: a residual network.
+    """One step of `method` for each slice along the leading axis of arrays in `args`: a residual network.
 
     The N layers are divided evenly among the intervals between save times, so t runs over [ts[0], ts[-1]]: with
     `euler` and ts = (0, N) layer n is x + f(n, x, w_n), with ts = (0, 1) it is x + f(n/N, x, w_n) / N.
@@ -182,21 +197,47 @@ class Layers(Equal):
     `degree` is that of the weights as a piecewise polynomial of depth: with 0 a step sees one slice, with 1 the slices are the
     weights at the N nodes of N - 1 steps, and a stage sees the line between two of them: with `heun` the network of Sander,
     Ablin & Peyré 2022. Other leaves than floating ones are those of the step's first node.
+
+    `depth_axes` says which arrays have that axis, like `in_axes` of `jax.vmap`: 0 or None, or a pytree of them with the structure
+    of args or a prefix of it. An array with None is the same at every step, and its gradient is the sum over steps.
     """
 
     method: Method = _static()
     degree: int = _static(default=0)
+    depth_axes: Any = _static(default=0)
     runner: Runner = _static(default=Compiled())
 
     layered = True
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.depth_axes, (int, Axes)):
+            axes, treedef = jax.tree.flatten(self.depth_axes, is_leaf=lambda x: x is None)
+            object.__setattr__(self, "depth_axes", Axes(treedef, tuple(axes)))
+
     def refusal(self) -> str | None:
+        axes = self.depth_axes.axes if isinstance(self.depth_axes, Axes) else (self.depth_axes,)
+        if not all(a is None or (type(a) is int and a == 0) for a in axes):
+            return f"Layers: depth_axes must hold 0 (one slice per step) and None (the same at every step) alone, got {axes}"
         if self.degree not in (0, 1):
             return f"Layers: degree must be 0 (one slice per step) or 1 (slices at the nodes), got {self.degree!r}"
         return None
 
+    def leading(self, args: Any) -> list[bool]:
+        axes = self.depth_axes.tree if isinstance(self.depth_axes, Axes) else self.depth_axes
+        below = lambda axis, part: [axis == 0 and isinstance(x, jax.Array) for x in jax.tree.leaves(part)]
+        try:
+            return jax.tree.leaves(jax.tree.map(below, axes, args, is_leaf=lambda x: x is None))
+        except ValueError as e:
+            raise ValueError(
+                f"Layers: depth_axes must have the structure of args, {jax.tree.structure(args)}, or of a prefix of it; got {axes}"
+            ) from e
+
+    def depth(self, args: Any, name: str = "args") -> int:
+        """How many slices the arrays that have depth lead with."""
+        return depth_of([x for x, lead in zip(jax.tree.leaves(args), self.leading(args), strict=True) if lead], name)
+
     def layers(self, args: Any, intervals: int) -> int:
-        depth = depth_of(args, "args")
+        depth = self.depth(args)
         steps = depth - self.degree
         if steps < 1 or steps % intervals:
             raise ValueError(
