@@ -225,6 +225,60 @@ def test_the_way_back_weighs_the_adjoint_like_the_state(own):
     assert gradient(atol) < gradient(1e-8)
 
 
+# Another norm of the errors.
+
+
+def largest(e):
+    return jnp.max(jnp.stack([jnp.max(x).astype(float) for x in jax.tree.leaves(e)]))
+
+
+def root_mean_square(e):
+    total = sum(jnp.sum(x.astype(float) ** 2) for x in jax.tree.leaves(e))
+    return jnp.sqrt(total / sum(x.size for x in jax.tree.leaves(e)))
+
+
+@pytest.mark.parametrize("adjoint", [None, *ADJOINTS[1:]], ids=str)
+def test_the_default_norm_is_the_root_mean_square(adjoint):
+    """Written by hand it takes the same steps, on both ways."""
+
+    def run(norm):
+        solver = jode.Adaptive(jode.tsit5, 1e-4, {"a": 1e-6, "b": 1e-4, "z": 1e-5}, norm=norm)
+        if adjoint is None:
+            return jode.solve(tree, TREE, (0.0, 1.0, 2.0), 0.7, solver=solver)
+        end = lambda y, a: jode.odeint(tree, y, (0.0, 1.0, 2.0), a, solver=solver, adjoint=adjoint)["a"].sum()
+        return jax.grad(end, (0, 1))(TREE, 0.7)
+
+    for x, y in zip(*(jax.tree.leaves(run(n)) for n in (root_mean_square, None)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6 if x.dtype == jnp.float32 else 1e-9)
+
+
+@pytest.mark.parametrize("size", [2, 40])
+def test_rows_under_the_largest_error(size):
+    y0 = jnp.asarray(np.random.default_rng(0).normal(size=(3, size)))
+    solver = jode.Adaptive(jode.bosh3, 1e-6, 1e-6, norm=largest)
+    solve = lambda y, a: jode.solve(wide, y, (0.0, 2.0), a, solver=solver)
+    gradient = jax.jit(jax.grad(lambda y, a: jnp.sum(solve(y, a).ys[-1] ** 2), (0, 1)))
+    a = jnp.array([1.0, 2.0, 3.0])
+    sol, grads = jax.vmap(solve)(y0, a), jax.vmap(gradient)(y0, a)
+    default = jax.vmap(lambda y, a: jode.solve(wide, y, (0.0, 2.0), a, solver=jode.Adaptive(jode.bosh3, 1e-6, 1e-6)))(y0, a)
+    assert (sol.stats.accepted > default.stats.accepted).all()
+    for i in (0, 2):
+        assert sol.stats.steps[i] == solve(y0[i], a[i]).stats.steps
+        for x, y in zip(grads, gradient(y0[i], a[i]), strict=True):
+            np.testing.assert_allclose(x[i], y, rtol=1e-10, atol=1e-14)
+
+
+def test_what_a_norm_leaves_out_takes_no_steps_and_hides_no_failure():
+    solver = jode.Adaptive(jode.tsit5, 0.0, 1e-8, norm=lambda e: e[0])
+    sol = jode.solve(two, jnp.array([1.0, 0.0]), (0.0, 3.0), 1.0, solver=solver, observe=Widest())
+    alone = jode.solve(lambda t, y, a: -y, 1.0, (0.0, 3.0), solver=jode.Adaptive(jode.tsit5, 0.0, 1e-8))
+    np.testing.assert_allclose(sol.ys[:, 0], alone.ys, rtol=1e-13)
+    assert sol.stats == alone.stats
+    lost = jode.solve(lambda t, y, a: jnp.stack([-y[0], jnp.where(t > 0.5, jnp.nan, 0.0)]), jnp.ones(2), (0.0, 1.0), solver=solver)
+    assert lost.status != Status.success
+    assert np.isnan(lost.ys[-1]).all()
+
+
 # Steps of a width.
 
 decay = lambda t, y, a: -a * y

@@ -61,6 +61,8 @@ WRONG = {
         ValueError,
         "both zero",
     ),
+    "norm 2": (lambda: jode.solve(f, Y0, TS, solver=jode.Adaptive(norm=2)), TypeError, "norm must be a function"),
+    "norm of each": (lambda: jode.solve(f, Y0, TS, solver=jode.Adaptive(norm=lambda e: e)), TypeError, "must return a floating"),
     "no width": (lambda: jode.solve(f, Y0, TS, solver=jode.Adaptive(max_step=0.0)), ValueError, "max_step must be a width above"),
     "vector width": (lambda: jode.solve(f, Y0, TS, solver=jode.Adaptive(max_step=jnp.ones(2))), ValueError, "must be a scalar"),
     "no steps allowed": (lambda: jode.solve(f, Y0, TS, solver=jode.Adaptive(max_steps=0)), ValueError, "max_steps"),

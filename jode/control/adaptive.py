@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from jode.control.base import Grid, Solver, Status, concrete
-from jode.control.tolerance import absolute_tolerance, checked_number, scaled_norm
+from jode.control.tolerance import Norm, absolute_tolerance, checked_number, scaled_norm
 from jode.method import Method, Step, tsit5
 from jode.runner import Compiled, Runner
 from jode.tree import State, increment, nan_unless, real_dtype, zeros_like
@@ -54,6 +54,10 @@ class Adaptive(Solver):
     `atol` is a number, or a pytree with the structure of y0, or a prefix of that, whose leaves broadcast against those of y0: then
     each component has its own. `Backsolve` weighs a component of the adjoint as it does that component of the state, unless its
     own `solver` says otherwise.
+
+    `norm`, if given, replaces the root mean square: norm(e) -> a scalar that must stay below 1, of the scaled errors of one
+    trajectory, |error| / (atol + rtol |y|), real and with the structure of y0. It is static: equal functions share a program, and
+    it must not close over traced values.
     """
 
     method: Method = _static(default=tsit5)
@@ -68,6 +72,7 @@ class Adaptive(Solver):
     safety: float = _static(default=0.9)
     factor_min: float = _static(default=0.2)
     factor_max: float = _static(default=10.0)
+    norm: Any = _static(default=None)
     runner: Runner = _static(default=Compiled())
 
     estimates = True
@@ -97,7 +102,7 @@ class Adaptive(Solver):
             )
         xp = np if concrete(rtol) else jnp
         numbers["rtol"] = xp.where(rtol > 0, xp.maximum(rtol, xp.asarray(floor, rtol.dtype)), rtol)
-        return replace(self, **numbers)
+        return replace(self, **numbers, norm=None if self.norm is None else Norm.of(self.norm, y0))
 
     def valid(self) -> Array | bool:
         every = lambda x: jnp.all(x) if x.ndim else x
@@ -135,7 +140,7 @@ class Adaptive(Solver):
         ts = march.save_times(problem)
         sign = direction(ts)
         F = lambda t, y: march.F(t, y, problem.params)
-        norm = partial(scaled_norm, march.rows, march.method.measured, problem.numbers)
+        norm = partial(scaled_norm, self.norm, march.rows, march.method.measured, problem.numbers)
         given = problem.numbers.get("first_step")
         width = _first_step(march.method.embedded_order or 0, F, norm, t, sign, jnp.abs(ts[-1] - t), y, slope, given)
         width = sign * jnp.maximum(width, 2 * _resolution(t))  # a state at rest says nothing about the scale of time
@@ -153,7 +158,7 @@ class Adaptive(Solver):
         c, h, t1 = carry, carry.h, self.target(march, problem, carry)
         active = self.wants(carry)
         t_new = jnp.where(h == t1 - c.t, t1, c.t + h)
-        norm = partial(scaled_norm, march.rows, march.method.measured, problem.numbers)
+        norm = partial(scaled_norm, self.norm, march.rows, march.method.measured, problem.numbers)
         e = jax.lax.stop_gradient(_error(march.method, norm, h, s, step))
         accept = active & (e <= 1)
         t = jnp.where(accept, t_new, c.t)
