@@ -19,7 +19,7 @@ def odeint(
     rtol: Any = 1.4e-8,
     atol: Any = 1.4e-8,
     mxstep: float = math.inf,
-    hmax: float = math.inf,
+    hmax: Any = math.inf,
 ) -> Any:
     """The states at the times t of dy/dt = func(y, t, *args), y(t[0]) = y0, by Dopri5.
 
@@ -31,15 +31,14 @@ def odeint(
         rtol: relative tolerance.
         atol: absolute tolerance.
         mxstep: at most so many steps are tried, between all times together; without a bound 65,536. What is not reached is NaN.
-        hmax: must stay infinite.
+        hmax: no step is wider than this.
 
     Returns:
         A pytree like y0 with a leading axis for the times. Gradients are exact, of any order and in both modes.
 
     Raises:
-        ValueError: for a finite hmax.
+        ValueError: for an hmax that is not above zero.
     """
-    if not (isinstance(hmax, float) and math.isinf(hmax)):
-        raise ValueError(f"hmax is not supported, got {hmax!r}: put a time into t where f changes fast")
-    solver = Adaptive(dopri5, rtol, atol, max_steps=65536 if mxstep == math.inf else int(mxstep))
+    most = None if isinstance(hmax, float) and hmax == math.inf else hmax
+    solver = Adaptive(dopri5, rtol, atol, max_steps=65536 if mxstep == math.inf else int(mxstep), max_step=most)
     return _odeint(lambda t, y, args: func(y, t, *args), y0, t, args, solver=solver)

@@ -78,7 +78,8 @@ def solve(
         args: any pytree. Floating and complex arrays, and Python floats, get gradients; integer arrays and PRNG keys get none.
             Other leaves, Python ints among them, are static: f may use them as a shape or a count, and each new value compiles
             anew. `jnp.asarray(n)` makes data of an int.
-        solver: `Fixed`, `Adaptive` or `Layers`; under `Layers` arrays in args lead with depth and f gets one slice per step.
+        solver: `Fixed`, `Adaptive` or `Layers`; under `Layers` arrays in args lead with depth, but for those that `depth_axes`
+            says, and f gets one slice per step.
         adjoint: how gradients are computed, by default exactly (`Backprop`). Forward derivatives are exact whatever it is.
         observe: an `Observer`, or a pytree of them: what to keep of every step.
         stops: times where f jumps, in any order. Steps end there: the last stage before one sees the time just before it, the first
@@ -102,7 +103,7 @@ def solve(
         f = _Spied(f, spy)
     y0 = _state(y0)
     ts = _times(ts, y0)
-    solver = solver.checked(y0)
+    solver = solver.checked(y0).over(ts)
     observers, watches, places = _observers(observe)
     if (observers or watches) and not adjoint.sees_steps:
         raise ValueError(
@@ -175,8 +176,8 @@ _REMEDIES = {
     Status.nonfinite_state: "the state became NaN or infinite: check y0, take smaller steps, or use Adaptive",
     Status.capacity: "an observer had no room for all steps: give it a larger capacity",
     Status.invalid_input: "numbers known only at run time are out of range: ts must be finite and increase throughout or decrease "
-    "throughout, Fixed's steps lie between 1 and max_steps, Adaptive's tolerances and first_step not be negative, nor both "
-    "tolerances zero",
+    "throughout, Fixed's steps lie between 1 and max_steps, its width be above zero, Adaptive's tolerances and first_step not be "
+    "negative, nor both tolerances zero, and its max_step be above zero",
 }
 
 
@@ -358,7 +359,8 @@ def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, checked: 
     f, args, solver, observers, watches, places, stops, jumps = merge(dynamic, static)
     y, ts = y0, jnp.asarray(ts)
     if observers:
-        first = jax.tree.map(lambda x: x[0] if isinstance(x, jax.Array) else x, args) if solver.layered else args
+        leaves, treedef = jax.tree.flatten(args)
+        first = jax.tree.unflatten(treedef, [x[0] if m else x for x, m in zip(leaves, solver.leading(args), strict=True)])
         y0 = y, jax.tree.map(jnp.asarray, [o.init(ts[0], y, first) for o in observers])
     layout = Layout.of(y0)
     given, valid, packed = ts, None, layout.pack(jax.tree.leaves(y0))
@@ -378,7 +380,7 @@ def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, checked: 
     layers = solver.layers(args, intervals)
     steps = solver.steps_between(intervals, layers)
     whole = observing(f, observers) if observers else f
-    field, params, effects, kept, jump = close(whole, ts, y0, args, layout, layers, bool(observers), jump)
+    field, params, effects, kept, jump = close(whole, ts, y0, args, layout, solver.leading(args), bool(observers), jump)
     weights = sum(x.size for x in (*params.shared, *params.layers))
     most = solver.most_steps(intervals, steps)
     method, watches = solver.method.for_steps(most), tuple(w.sized(most) for w in watches)
@@ -407,25 +409,27 @@ _solve_jitted = partial(jax.jit, static_argnums=(3, 4, 5), inline=True)(_solve)
 
 
 def close(
-    f: Callable, ts: Array, y0: Any, args: Any, layout: Layout, depth: int | None, observing: bool, jump: Callable | None
+    f: Callable, ts: Array, y0: Any, args: Any, layout: Layout, leading: list[bool], observing: bool, jump: Callable | None
 ) -> tuple[Callable, Params, Any, Callable | None, Callable | None]:
     """Trace f once: a function of packed states and explicit parameters, the parameters, and the function's effects.
 
-    Arrays that f closes over are parameters too. f must return the structure and shapes of y; another dtype is cast. The fourth is
-    the state with what observers keep, if there are any: f then returns that besides the slope. The last is the jump of an index,
-    if one is given, of packed states too.
+    Arrays that f closes over are parameters too; `leading` says which leaves of args lead with depth. f must return the structure
+    and shapes of y; another dtype is cast. The fourth is the state with what observers keep, if there are any: f then returns that
+    besides the slope. The last is the jump of an index, if one is given, of packed states too.
     """
     given, static = partition(args, jax.Array)
     time = ts.dtype
-    example = [jax.eval_shape(lambda x: x[0], x) if depth else jax.ShapeDtypeStruct(x.shape, x.dtype) for x in given]
+    lead = [m for x, m in zip(jax.tree.leaves(args), leading, strict=True) if isinstance(x, jax.Array)]
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    example = [jax.eval_shape(lambda x: x[0], x) if m else shape(x) for x, m in zip(given, lead, strict=True)]
     y = [jax.ShapeDtypeStruct(s, d) for s, d in zip(layout.shapes, layout.dtypes, strict=True)]
     buckets: tuple[list, list, list, list] = ([], [], [], [])
 
-    def kept_in(xs: list, layered: bool) -> list[tuple[int, int]]:
+    def kept_in(xs: list, layered: list[bool]) -> list[tuple[int, int]]:
         """Places of arrays among the parameters."""
         places = []
-        for x in xs:
-            bucket = (0 if is_inexact(x) else 2) + layered
+        for x, by_layer in zip(xs, layered, strict=True):
+            bucket = (0 if is_inexact(x) else 2) + by_layer
             places.append((bucket, len(buckets[bucket])))
             buckets[bucket].append(x)
         return places
@@ -443,7 +447,7 @@ def close(
             e.add_note(f"jode called f(t, y, args) with t a scalar and y0 of {shapes}; solve's own order is f, y0, ts, args")
             raise
         jaxpr = closed.jaxpr  # the function below holds no constants: they may be tracers
-        consts = kept_in([jnp.asarray(c) for c in closed.consts], False)
+        consts = kept_in([jnp.asarray(c) for c in closed.consts], [False] * len(closed.consts))
 
         def evaluate(t: Array, state: State, params: Params, *numbers: Array) -> list:
             at = lambda places: [params[b][i] for b, i in places]
@@ -456,7 +460,7 @@ def close(
     evaluate_jump, out, _ = traced(jump, jax.ShapeDtypeStruct((), jnp.int32)) if jump else (None, None, None)
     if jump:
         _check_slope(out, y0, layout, time, "g")
-    places = kept_in(given, depth is not None)
+    places = kept_in(given, lead)
     packed = lambda leaves: layout.pack([jnp.asarray(k, d) for k, d in zip(leaves, layout.dtypes, strict=True)])
 
     def field(t: Array, state: State, params: Params) -> State:

@@ -50,6 +50,12 @@ class Rows:
             return x
         return jnp.expand_dims(jnp.moveaxis(x, 0, -1), -2 if self.axis == -1 else -1)
 
+    def components(self, x: Array, mapped: bool) -> Array:
+        """Numbers (n,), one for each component, or (B, n) by row, to broadcast against states."""
+        if self.size is None or mapped:
+            return self.to_layout(x, mapped)
+        return jnp.expand_dims(x, -1 if self.axis == -1 else 0)
+
     def flat(self, column: Array) -> Array:
         """The inverse of `column`."""
         if self.size is None:

@@ -63,6 +63,12 @@ class Layout:
         return tuple(tuple(i for i, d in enumerate(self.dtypes) if d == kind) for kind in kinds)
 
     @property
+    def like(self) -> Any:
+        """The user's state as shapes and dtypes."""
+        leaves = [jax.ShapeDtypeStruct(s, d) for s, d in zip(self.shapes, self.dtypes, strict=True)]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    @property
     def nbytes(self) -> int:
         return sum(_size(s) * jnp.dtype(d).itemsize for s, d in zip(self.shapes, self.dtypes, strict=True))
 
@@ -81,7 +87,8 @@ class Layout:
 
     def pack(self, leaves: Sequence[Array]) -> State:
         vectors = [[leaves[i].reshape(-1) for i in group] for group in self.groups]
-        return tuple(v[0] if len(v) == 1 else jnp.concatenate(v) for v in vectors)
+        xp: Any = np if all(isinstance(x, np.ndarray) for x in leaves) else jnp  # under a trace only NumPy's arrays stay known
+        return tuple(v[0] if len(v) == 1 else xp.concatenate(v) for v in vectors)
 
     def unpack(self, state: State, lead: tuple[int, ...] = ()) -> list[Array]:
         """The leaves; `lead` are the shapes of axes in front of every vector (save times, rows)."""

@@ -89,6 +89,11 @@ def test_closures_of_every_kind():
 def test_bounds_on_steps():
     decay = lambda y, t: -y
     assert np.isnan(odeint(decay, jnp.ones(1), jnp.array([0.0, 10.0]), mxstep=3)[-1]).all()
-    with pytest.raises(ValueError, match="hmax is not supported"):
-        odeint(decay, jnp.ones(1), jnp.array([0.0, 1.0]), hmax=0.1)
+    pulse = lambda y, t: jnp.exp(-((t - 100) ** 2))
+    end = jax.jit(lambda hmax: odeint(pulse, 0.0, jnp.array([0.0, 200.0]), hmax=hmax)[-1])
+    for found in (end(1.0), odeint(pulse, 0.0, jnp.array([0.0, 200.0]), hmax=1.0)[-1]):
+        np.testing.assert_allclose(found, np.sqrt(np.pi), rtol=1e-6)
+    np.testing.assert_allclose(end(np.inf), odeint(pulse, 0.0, jnp.array([0.0, 200.0]))[-1])
+    with pytest.raises(ValueError, match="max_step must be a width above zero"):
+        odeint(decay, jnp.ones(1), jnp.array([0.0, 1.0]), hmax=0.0)
     assert jode.compat.odeint is odeint

@@ -11,7 +11,7 @@ from jax import Array
 
 from jode.adjoint.rule import Adjoint, contained, drift
 from jode.control import Solver, Status
-from jode.march import Cotangents, March, Outcome, Problem, inner
+from jode.march import Cotangents, March, Outcome, Problem, inner, numbers_to_layout
 from jode.method import RungeKutta
 from jode.observe import Seen, Watch
 from jode.tree import State, add, increment, real_dtype, stack, take, zeros_like
@@ -28,9 +28,10 @@ class Backsolve(Adjoint):
     number of steps. The gradient is not that of the numbers computed: it is off by about the tolerance of both solves.
 
     `solver` is that of the way back (`Fixed` or `Adaptive`, of a Runge-Kutta method), by default the one of the solve. Its steps
-    are controlled by y and a alone; the integrals for θ and t0 are quadratures over the steps taken (the seminorm of Kidger,
-    Chen & Lyons 2021). Where y cannot be solved backwards (its solutions contract, or are chaotic) the way back strays from the
-    states saved: rows off by more than `max_drift` of their size, or whose way back fails, get NaN for a gradient.
+    are controlled by y and a alone, where a component of a has the absolute tolerance of that component of y; the integrals for θ
+    and t0 are quadratures over the steps taken (the seminorm of Kidger, Chen & Lyons 2021). Where y cannot be solved backwards
+    (its solutions contract, or are chaotic) the way back strays from the states saved: rows off by more than `max_drift` of their
+    size, or whose way back fails, get NaN for a gradient.
     """
 
     solver: Any = None
@@ -111,9 +112,11 @@ def _solve_back(adjoint: Backsolve, march: March, good: Array, ys: State, proble
 
     solver, numbers, steps = march.solver, problem.numbers, march.plan.steps
     if adjoint.solver is not None:
-        given = adjoint.solver.checked(tuple(y[0] for y in ys))
+        given = adjoint.solver.checked(march.plan.layout.like).over(ts)
         solver, steps = given.static, given.steps_between(1, None)
-        numbers = {k: jnp.asarray(v) for k, v in given.numbers.items()}
+        numbers = jax.tree.map(jnp.asarray, given.numbers)
+        numbers = numbers_to_layout(rows, numbers, jax.tree.map(lambda _: False, numbers))
+    numbers = {k: (*x, *x) if isinstance(x, tuple) else x for k, x in numbers.items()}  # by component of y, and of a
     back = replace(march, plan=replace(march.plan, solver=solver, saves=2, steps=steps), F=augmented)
 
     def interval(carry: tuple, i: Array) -> tuple:

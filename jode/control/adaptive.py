@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jode.control.base import Grid, Solver, Status, as_known, concrete
+from jode.control.base import Grid, Solver, Status, concrete
+from jode.control.tolerance import Norm, absolute_tolerance, checked_number, scaled_norm
 from jode.method import Method, Step, tsit5
-from jode.rows import Rows
 from jode.runner import Compiled, Runner
-from jode.tree import State, increment, magnitude, nan_unless, real_dtype, widest, zeros_like
+from jode.tree import State, increment, nan_unless, real_dtype, zeros_like
 from jode.window import Problem, Window
 
 _static: Any = partial(field, metadata={"static": True})
@@ -46,6 +46,18 @@ class Adaptive(Solver):
     Hairer's (Hairer, Norsett & Wanner I, section II.4) unless given. Save times never force a step: states there are
     interpolated to the method's own quality. At most `max_steps` steps are tried. Tolerances below 4 ulp of the state's
     dtype are raised to that.
+
+    `max_step` > 0, if given, bounds the width of every step, the first one too, whichever way time runs. A state at rest lets
+    steps grow until they pass over a short event whole, and no error estimate sees it: half the width of the shortest event
+    that matters is a bound which does. Then at least |ts[-1] - ts[0]| / `max_step` steps are taken.
+
+    `atol` is a number, or a pytree with the structure of y0, or a prefix of that, whose leaves broadcast against those of y0: then
+    each component has its own. `Backsolve` weighs a component of the adjoint as it does that component of the state, unless its
+    own `solver` says otherwise.
+
+    `norm`, if given, replaces the root mean square: norm(e) -> a scalar that must stay below 1, of the scaled errors of one
+    trajectory, |error| / (atol + rtol |y|), real and with the structure of y0. It is static: equal functions share a program, and
+    it must not close over traced values.
     """
 
     method: Method = _static(default=tsit5)
@@ -53,12 +65,14 @@ class Adaptive(Solver):
     atol: Any = 1e-6
     max_steps: int = _static(default=4096)
     first_step: Any = None
+    max_step: Any = None
     pcoeff: float = _static(default=0.0)
     icoeff: float = _static(default=1.0)
     dcoeff: float = _static(default=0.0)
     safety: float = _static(default=0.9)
     factor_min: float = _static(default=0.2)
     factor_max: float = _static(default=10.0)
+    norm: Any = _static(default=None)
     runner: Runner = _static(default=Compiled())
 
     estimates = True
@@ -77,16 +91,10 @@ class Adaptive(Solver):
             raise ValueError(f"Adaptive: max_steps must be a positive int, got {self.max_steps!r}")
         dtypes = [real_dtype(x.dtype) for x in jax.tree.leaves(y0)] or [jnp.result_type(float)]
         floor = 4 * max(float(jnp.finfo(d).eps) for d in dtypes)
-        numbers = {}
-        for name, given in self.numbers.items():
-            value = as_known(given, jnp.result_type(float))
-            if value.ndim:
-                raise ValueError(f"Adaptive: {name} must be a scalar, got shape {value.shape}")
-            if concrete(value) and not (float(value) >= 0 and np.isfinite(float(value))):
-                raise ValueError(f"Adaptive: {name} must be finite and not negative, got {float(value)}")
-            numbers[name] = value
-        rtol, atol = numbers["rtol"], numbers["atol"]
-        if concrete(rtol) and concrete(atol) and float(rtol) == 0 and float(atol) == 0:
+        numbers = {name: checked_number(name, x) for name, x in self.numbers.items() if name != "atol"}
+        numbers["atol"] = atol = absolute_tolerance(self.atol, y0)
+        rtol, atols = numbers["rtol"], jax.tree.leaves(atol)
+        if all(map(concrete, (rtol, *atols))) and float(rtol) == 0 and any((np.asarray(x) == 0).any() for x in atols):
             raise ValueError("Adaptive: rtol and atol are both zero; no step can meet that: give at least one a positive value")
         if concrete(rtol) and 0 < float(rtol) < floor:
             warnings.warn(
@@ -94,17 +102,22 @@ class Adaptive(Solver):
             )
         xp = np if concrete(rtol) else jnp
         numbers["rtol"] = xp.where(rtol > 0, xp.maximum(rtol, xp.asarray(floor, rtol.dtype)), rtol)
-        return replace(self, **numbers)
+        return replace(self, **numbers, norm=None if self.norm is None else Norm.of(self.norm, y0))
 
     def valid(self) -> Array | bool:
-        valid = (self.rtol > 0) | (self.atol > 0)
-        for x in self.numbers.values():
-            valid = valid & (x >= 0) & jnp.isfinite(x)
+        every = lambda x: jnp.all(x) if x.ndim else x
+        valid: Any = True
+        for x in jax.tree.leaves(self.atol):
+            some = every((self.rtol > 0) | (x > 0))
+            valid = some if valid is True else valid & some
+        for name, given in self.numbers.items():
+            for x in jax.tree.leaves(given):
+                valid = valid & every(x > 0) if name == "max_step" else valid & every(x >= 0) & every(jnp.isfinite(x))
         return valid
 
     @property
     def numbers(self) -> dict:
-        return {name: x for name in ("rtol", "atol", "first_step") if (x := getattr(self, name)) is not None}
+        return {name: x for name in ("rtol", "atol", "first_step", "max_step") if (x := getattr(self, name)) is not None}
 
     @property
     def static(self) -> Adaptive:
@@ -127,9 +140,11 @@ class Adaptive(Solver):
         ts = march.save_times(problem)
         sign = direction(ts)
         F = lambda t, y: march.F(t, y, problem.params)
-        norm, given = partial(_norm, march.rows, march.method.measured, problem.numbers), problem.numbers.get("first_step")
+        norm = partial(scaled_norm, self.norm, march.rows, march.method.measured, problem.numbers)
+        given = problem.numbers.get("first_step")
         width = _first_step(march.method.embedded_order or 0, F, norm, t, sign, jnp.abs(ts[-1] - t), y, slope, given)
-        return sign * jnp.maximum(width, 2 * _resolution(t))  # a state at rest says nothing about the scale of time
+        width = sign * jnp.maximum(width, 2 * _resolution(t))  # a state at rest says nothing about the scale of time
+        return _bounded(problem, width)
 
     def running(self, c: Progress, few: int = 0) -> Array:
         """Whether more than `few` rows want another step."""
@@ -143,13 +158,13 @@ class Adaptive(Solver):
         c, h, t1 = carry, carry.h, self.target(march, problem, carry)
         active = self.wants(carry)
         t_new = jnp.where(h == t1 - c.t, t1, c.t + h)
-        norm = partial(_norm, march.rows, march.method.measured, problem.numbers)
+        norm = partial(scaled_norm, self.norm, march.rows, march.method.measured, problem.numbers)
         e = jax.lax.stop_gradient(_error(march.method, norm, h, s, step))
         accept = active & (e <= 1)
         t = jnp.where(accept, t_new, c.t)
         errors = (jnp.maximum(e, 1e-4).astype(h.dtype), *c.errors)
         errors = tuple(jnp.where(accept, a, b) for a, b in zip(errors, c.errors, strict=False))
-        h = reach(t1, t, h * self._factor(e, c.errors).astype(h.dtype))
+        h = reach(t1, t, _bounded(problem, h * self._factor(e, c.errors).astype(h.dtype)))
         accepted, tried = c.accepted + accept.astype(jnp.int32), c.tried + active.astype(jnp.int32)
         c = c._replace(t=t, h=h, errors=errors, accepted=accepted, tried=tried, loops=c.loops + 1)
         return accept, self.judged(march, problem, c, accept)
@@ -230,6 +245,12 @@ def reach(t1: Array, t: Array, h: Array) -> Array:
     return jnp.where(last, left, jnp.where(moves, jax.lax.stop_gradient(t + h) - t, 0))
 
 
+def _bounded(problem: Problem, h: Array) -> Array:
+    """The step, no wider than `max_step` where that is given."""
+    most = problem.numbers.get("max_step")
+    return h if most is None else jnp.clip(h, -most.astype(h.dtype), most.astype(h.dtype))
+
+
 def _resolution(t: Array) -> Array:
     """Steps must be wider than this: ten times the rounding of t."""
     return 10 * jnp.finfo(t.dtype).eps * jnp.abs(t)
@@ -238,20 +259,6 @@ def _resolution(t: Array) -> Array:
 def direction(ts: Array) -> Array:
     """The direction of time, 1 or -1."""
     return jnp.where(ts[-1] >= ts[0], 1, -1).astype(ts.dtype)
-
-
-def _norm(rows: Rows, measured: tuple | None, tol: dict, estimate: State, a: State, b: State) -> Array:
-    """The root mean square over each row of e / (atol + rtol max(|a|, |b|)), as a column."""
-    total, count = rows.spread(jnp.zeros((), widest(*(x.dtype for x in a), default=jnp.float32))), 0
-    if measured is not None:
-        estimate, a, b = (tuple(rows.leading(x, n) for x, n in zip(s, measured, strict=True)) for s in (estimate, a, b))
-    for e, x, z in zip(estimate, a, b, strict=True):
-        size = jnp.maximum(magnitude(x), magnitude(z))
-        scale = jnp.maximum(tol["atol"].astype(size.dtype) + tol["rtol"].astype(size.dtype) * size, jnp.finfo(size.dtype).tiny)
-        ratio = magnitude(e) / scale
-        total = total + rows.sum(ratio * ratio).astype(total.dtype)
-        count += x.size // (rows.size or 1)
-    return jnp.sqrt(total / max(1, count))
 
 
 def _guard(estimate: State, s: State, slope: State) -> State:

@@ -89,6 +89,10 @@ class Solver:
         """The solver with its numbers checked and made arrays."""
         return self
 
+    def over(self, ts: Any) -> Any:
+        """The checked solver with what follows from the times it goes over."""
+        return self
+
     def valid(self) -> Array | bool:
         """Whether numbers that are traced are in their range."""
         return True
@@ -102,6 +106,10 @@ class Solver:
     def static(self) -> Any:
         """The solver without its numbers."""
         return self
+
+    def leading(self, args: Any) -> list[bool]:
+        """Which leaves of args lead with depth."""
+        return [self.layered and isinstance(x, jax.Array) for x in jax.tree.leaves(args)]
 
     def layers(self, args: Any, intervals: int) -> int | None:
         """How many layers args stack, for a solver whose steps read one each."""

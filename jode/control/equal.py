@@ -21,6 +21,9 @@ from jode.window import Problem, Window
 _static: Any = partial(field, metadata={"static": True})
 
 
+_MOST = 2**30  # steps in an interval
+
+
 class Equal(Solver):
     """As many equal steps in each interval between save times, which all rows take at once."""
 
@@ -89,16 +92,26 @@ class Fixed(Equal):
     A Python int makes a pure `lax.scan`; an integer array (or a tracer) makes a loop whose length is data, so that changing
     it does not recompile. Global error O(h^p); cost `steps` × stages evaluations per interval. `max_steps` bounds a traced
     count where an adjoint must store every state. A traced count below 1 or above `max_steps` ends in `Status.invalid_input`.
+
+    `width`, given instead of `steps`, says how wide a step may be, up to the rounding of times: `steps` is then
+
+        max over intervals of ⌈|t_{i+1} - t_i| / width⌉,
+
+    the same in every interval, that of the longest. It is a Python int where ts and `width` are known when traced, and else a
+    traced count. Without `steps` and `width` one step is taken in each interval.
     """
 
     method: Method = _static()
-    steps: Any = 1
+    steps: Any = None
     max_steps: int | None = _static(default=None)
     runner: Runner = _static(default=Compiled())
+    width: Any = None
 
     def checked(self, y0: Any) -> Fixed:
-        """`steps` as a Python int, or an int32 array."""
-        steps = self.steps
+        """`steps` as a Python int, or an int32 array; or `width` as an array."""
+        if self.width is not None:
+            return self._checked_width()
+        steps = 1 if self.steps is None else self.steps
         if isinstance(steps, (int, np.integer)) and not isinstance(steps, bool):
             if steps < 1:
                 raise ValueError(f"Fixed: steps must be at least 1, got {steps}")
@@ -110,6 +123,33 @@ class Fixed(Equal):
             bound = "" if self.max_steps is None else f" and at most max_steps = {self.max_steps}"
             raise ValueError(f"Fixed: steps must be at least 1{bound}, got {int(steps)}")
         return replace(self, steps=steps.astype(jnp.int32))
+
+    def _checked_width(self) -> Fixed:
+        if self.steps is not None:
+            raise ValueError(f"Fixed: give steps or width, not both; got steps={self.steps!r} and width={self.width!r}")
+        width = as_known(self.width, jnp.result_type(float))
+        if width.ndim:
+            raise ValueError(f"Fixed: width must be a scalar, got shape {width.shape}")
+        if concrete(width) and not float(width) > 0:
+            raise ValueError(f"Fixed: width must be above zero, got {float(width)}")
+        return replace(self, width=width)
+
+    def over(self, ts: Any) -> Fixed:
+        """With the number of steps that `width` makes of the longest interval; 0, which is invalid, where there is none."""
+        if self.width is None:
+            return self
+        known = concrete(ts) and concrete(self.width)
+        xp, dtype = (np, np.float64) if known else (jnp, ts.dtype)
+        eps, times, width = float(jnp.finfo(ts.dtype).eps), ts.astype(dtype), self.width.astype(dtype)
+        # An interval that is a whole number of widths but for rounding takes that number of steps.
+        longest = xp.max(xp.abs(times[1:] - times[:-1]), axis=0) - 4 * eps * xp.max(xp.abs(times), axis=0)
+        count = xp.maximum(xp.ceil(longest / width * (1 - 4 * eps)), 1)
+        if known and not count <= (self.max_steps or _MOST):
+            raise ValueError(
+                f"Fixed: width={float(width)} makes {count:.0f} steps of an interval, more than {self.max_steps or _MOST}"
+            )
+        steps = int(count) if known else jnp.where((width > 0) & (count <= _MOST), count, 0).astype(jnp.int32)
+        return replace(self, steps=steps, width=None)
 
     def valid(self) -> Array | bool:
         if isinstance(self.steps, int):
@@ -131,10 +171,25 @@ class Fixed(Equal):
         return intervals * (steps or self.max_steps or 0)
 
 
+@dataclass(frozen=True)
+class Axes:
+    """A pytree of 0 and None, as a value that can be hashed."""
+
+    treedef: Any
+    axes: tuple
+
+    @property
+    def tree(self) -> Any:
+        return jax.tree.unflatten(self.treedef, self.axes)
+
+    def __repr__(self) -> str:
+        return repr(self.tree)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Layers(Equal):
-    """One step of `method` for each slice along the leading axis of every array in `args`: a residual network.
+    """One step of `method` for each slice along the leading axis of arrays in `args`: a residual network.
 
     The N layers are divided evenly among the intervals between save times, so t runs over [ts[0], ts[-1]]: with
     `euler` and ts = (0, N) layer n is x + f(n, x, w_n), with ts = (0, 1) it is x + f(n/N, x, w_n) / N.
@@ -142,21 +197,47 @@ class Layers(Equal):
     `degree` is that of the weights as a piecewise polynomial of depth: with 0 a step sees one slice, with 1 the slices are the
     weights at the N nodes of N - 1 steps, and a stage sees the line between two of them: with `heun` the network of Sander,
     Ablin & Peyré 2022. Other leaves than floating ones are those of the step's first node.
+
+    `depth_axes` says which arrays have that axis, like `in_axes` of `jax.vmap`: 0 or None, or a pytree of them with the structure
+    of args or a prefix of it. An array with None is the same at every step, and its gradient is the sum over steps.
     """
 
     method: Method = _static()
     degree: int = _static(default=0)
+    depth_axes: Any = _static(default=0)
     runner: Runner = _static(default=Compiled())
 
     layered = True
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.depth_axes, (int, Axes)):
+            axes, treedef = jax.tree.flatten(self.depth_axes, is_leaf=lambda x: x is None)
+            object.__setattr__(self, "depth_axes", Axes(treedef, tuple(axes)))
+
     def refusal(self) -> str | None:
+        axes = self.depth_axes.axes if isinstance(self.depth_axes, Axes) else (self.depth_axes,)
+        if not all(a is None or (type(a) is int and a == 0) for a in axes):
+            return f"Layers: depth_axes must hold 0 (one slice per step) and None (the same at every step) alone, got {axes}"
         if self.degree not in (0, 1):
             return f"Layers: degree must be 0 (one slice per step) or 1 (slices at the nodes), got {self.degree!r}"
         return None
 
+    def leading(self, args: Any) -> list[bool]:
+        axes = self.depth_axes.tree if isinstance(self.depth_axes, Axes) else self.depth_axes
+        below = lambda axis, part: [axis == 0 and isinstance(x, jax.Array) for x in jax.tree.leaves(part)]
+        try:
+            return jax.tree.leaves(jax.tree.map(below, axes, args, is_leaf=lambda x: x is None))
+        except ValueError as e:
+            raise ValueError(
+                f"Layers: depth_axes must have the structure of args, {jax.tree.structure(args)}, or of a prefix of it; got {axes}"
+            ) from e
+
+    def depth(self, args: Any, name: str = "args") -> int:
+        """How many slices the arrays that have depth lead with."""
+        return depth_of([x for x, lead in zip(jax.tree.leaves(args), self.leading(args), strict=True) if lead], name)
+
     def layers(self, args: Any, intervals: int) -> int:
-        depth = depth_of(args, "args")
+        depth = self.depth(args)
         steps = depth - self.degree
         if steps < 1 or steps % intervals:
             raise ValueError(

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jode.control import Layers
+from jode.method import euler
 from jode.tree import depth_of, hashable, is_inexact, merge, partition, widest, work_dtype
 
 P = ParamSpec("P")
@@ -29,7 +31,7 @@ def ordered(measure: Callable[P, T]) -> Callable[P, T]:
     @wraps(measure)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
         given = inspect.signature(measure).bind(*args, **kwargs).arguments
-        f, x, weights = given["f"], given["x"], given["weights"]
+        f, x, weights, axes = given["f"], given["x"], given["weights"], given.get("depth_axes", 0)
         name = measure.__name__
         if not callable(f):
             raise TypeError(f"{name}: f must be a function f(t, x, w), got {described(f)}; the order is f, x, weights")
@@ -38,7 +40,7 @@ def ordered(measure: Callable[P, T]) -> Callable[P, T]:
         try:
             return measure(*args, **kwargs)
         except Exception as error:
-            if _fits_network(f, weights, x) and not _fits_network(f, x, weights):
+            if _fits_network(f, weights, x) and not _fits_network(f, x, weights, axes):
                 raise TypeError(
                     f"{name}: x and weights have changed places: the order is f, x, weights; got x = {described(x)} and "
                     f"weights = {described(weights)}"
@@ -68,10 +70,13 @@ def compiled(measure: Callable) -> Callable:
     return outer
 
 
-def _fits_network(f: Callable, x: Any, weights: Any) -> bool:
+def _fits_network(f: Callable, x: Any, weights: Any, depth_axes: Any = 0) -> bool:
     """Whether the first layer of the stacked weights takes the state x."""
     try:
-        first = map_arrays(lambda a: a[0], as_arrays(weights))
+        weights = as_arrays(weights)
+        leaves, treedef = jax.tree.flatten(weights)
+        leading = Layers(euler, depth_axes=depth_axes).leading(weights)
+        first = jax.tree.unflatten(treedef, [a[0] if m else a for a, m in zip(leaves, leading, strict=True)])
         t = jnp.zeros((), widest(*(jnp.asarray(v).dtype for v in jax.tree.leaves(x)), default=jnp.result_type(float)))
     except Exception:
         return False

@@ -33,6 +33,7 @@ def resnet(
     method: Method = euler,
     degree: int = 0,
     span: float | None = None,
+    depth_axes: Any = 0,
     adjoint: Adjoint = Backprop(),
 ) -> PyTree[Inexact[Array, " ..."]]:
     """The output of a residual network, one step of `method` per layer: x ← x + h f(t, x, θ_n) under Euler.
@@ -40,12 +41,13 @@ def resnet(
     Args:
         f: the residual block f(t, x, w) of one example, with the shapes of x; t is the depth at which the step starts.
         x: the input, any pytree of floating arrays.
-        weights: stacked, see `stack`: N slices lead every array.
+        weights: stacked, see `stack`: N slices lead every array, but for those that `depth_axes` says.
         method: `euler` (1 evaluation per layer), `heun` (2), or any other.
         degree: 0 where each step has weights of its own, constant within it; 1 where slices are the weights at the ends of
             N - 1 steps: with `heun` the network of Sander, Ablin & Peyré 2022.
         span: depth runs over [0, span], so that h = span / steps. None is one unit per layer, x + f(n, x, θ_n). 1.0 is the
             scaling 1/N. Independent layers want 1/√N: span = √N (Cohen et al. 2021).
+        depth_axes: 0, None, or a pytree of them that is a prefix of weights: None where an array is the same in all layers.
         adjoint: any but `Backsolve`; `MemoryFree()` keeps no states, with errors that fall with depth.
 
     Returns:
@@ -57,8 +59,9 @@ def resnet(
             statistics are then those of x at every layer, in the reverse march too.
     """
     weights = as_arrays(weights)
-    end = float(depth_of(weights, "weights") - degree) if span is None else span
-    return _last(odeint(f, x, (0.0, end), weights, solver=Layers(method, degree), adjoint=adjoint))
+    solver = Layers(method, degree, depth_axes)
+    end = float(solver.depth(weights, "weights") - degree) if span is None else span
+    return _last(odeint(f, x, (0.0, end), weights, solver=solver, adjoint=adjoint))
 
 
 @ordered

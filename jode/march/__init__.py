@@ -7,7 +7,7 @@ step starts from is recovered is the adjoint's business.
 
 from jode.march.backwards import failed_at_start, replace_failed, reverse
 from jode.march.forwards import March
-from jode.march.layout import cotangents_from_layout, from_layout, kept_from_layout, kept_to_layout, to_layout
+from jode.march.layout import cotangents_from_layout, from_layout, kept_from_layout, kept_to_layout, numbers_to_layout, to_layout
 from jode.march.values import Cotangents, Given, Kept, Outcome, Plan, Problem, inner, moving_of, problem_of
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "kept_from_layout",
     "kept_to_layout",
     "moving_of",
+    "numbers_to_layout",
     "problem_of",
     "replace_failed",
     "reverse",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jode.control import Grid, Stats
 from jode.march.forwards import March
 from jode.march.values import Cotangents, Kept, Outcome, Problem
+from jode.rows import Rows
 from jode.window import Params
 
 
@@ -28,8 +29,16 @@ def to_layout(march: March, problem: Problem) -> Problem:
         rows.to_layout(x if m else jnp.broadcast_to(x, (rows.size, *x.shape)), True)
         for x, m in zip(problem.y0, mapped.y0, strict=True)
     )
-    numbers = {k: rows.column(x, mapped.numbers[k]) for k, x in problem.numbers.items()}
+    numbers = numbers_to_layout(rows, problem.numbers, mapped.numbers)
     return Problem(rows.column(problem.ts, mapped.ts), y0, params, numbers)
+
+
+def numbers_to_layout(rows: Rows, numbers: dict, mapped: dict) -> dict:
+    """The solver's numbers with rows where they are wanted; a tuple is packed like the state, a number for each component."""
+    return {
+        k: tuple(map(rows.components, x, mapped[k])) if isinstance(x, tuple) else rows.column(x, mapped[k])
+        for k, x in numbers.items()
+    }
 
 
 def from_layout(march: March, outcome: Outcome) -> Outcome:

@@ -126,6 +126,8 @@ def local_errors(f: Callable, y0: Any, span: tuple[float, float], args: Any = No
     One step and two half steps are an embedded pair for any method (Richardson), here started from each state of the training
     solve. Their sum estimates the global error where the flow neither contracts nor expands. Costs three times the solve.
     """
+    if isinstance(solver, Fixed):
+        solver = solver.checked(y0).over(np.asarray(span, float))
     if not (isinstance(solver, Fixed) and isinstance(solver.steps, int)):
         raise TypeError(f"local_errors: solver must be jode.Fixed with a Python int of steps, got {solver!r}")
     ts = jnp.linspace(*span, solver.steps + 1)

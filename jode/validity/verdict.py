@@ -20,11 +20,14 @@ REFERENCE = Adaptive(dopri8, 1e-6, 1e-6, max_steps=65_536)
 
 
 def error_scale(solver: Fixed | Adaptive) -> float:
-    """The nominal error of a solver: h^p for `steps` = 1/h steps of order p, or the tolerance (the larger of rtol and atol)."""
+    """The nominal error of a solver: h^p for steps of order p, `steps` = 1/h or `width` = h, or the tolerance (the largest of rtol
+    and atol).
+    """
     if isinstance(solver, Fixed):
-        return float(solver.steps) ** -solver.method.order
+        h = 1 / float(solver.steps or 1) if solver.width is None else float(solver.width)
+        return h**solver.method.order
     if isinstance(solver, Adaptive):
-        return max(float(solver.rtol), float(solver.atol))
+        return max(float(np.max(x)) for x in jax.tree.leaves((solver.rtol, solver.atol)))
     raise TypeError(f"solver must be jode.Fixed or jode.Adaptive, got {solver!r}: give `outputs`, and its error is measured")
 
 
@@ -401,8 +404,14 @@ def _shown(n: float) -> str:
 def _plain(solver: Any) -> Any:
     """The solver with Python's numbers for arrays, as a step that adapts has them."""
     if isinstance(solver, Fixed):
-        return replace(solver, steps=int(solver.steps))
+        return (
+            replace(solver, width=float(solver.width))
+            if solver.width is not None
+            else replace(solver, steps=int(solver.steps or 1))
+        )
     if isinstance(solver, Adaptive):
+        if len(jax.tree.leaves(solver.atol)) != 1 or np.ndim(solver.atol):
+            raise ValueError("solvers are compared by value here: give Adaptive one number for atol")
         return replace(solver, rtol=float(solver.rtol), atol=float(solver.atol))
     return solver
 
@@ -411,5 +420,5 @@ def name(solver: Any) -> str:
     """A short name, such as `euler 8` or `dopri5 0.001`."""
     method = repr(solver.method).removeprefix("jode.")
     if isinstance(solver, Fixed):
-        return f"{method} {solver.steps}"
+        return f"{method} {solver.steps or 1}" if solver.width is None else f"{method} width {float(solver.width):.3g}"
     return f"{method} {error_scale(solver):.3g}" if isinstance(solver, Adaptive) else repr(solver)
