@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,11 +20,11 @@ from jode.adjoint import Adjoint, Backprop
 from jode.control import Adaptive, Solver, Stats, Status
 from jode.control.base import concrete
 from jode.control.stops import stopping
+from jode.field import close, jump_of
 from jode.march import Plan, Problem
 from jode.method import Method
 from jode.observe import Observed, Observer, Table, observing
 from jode.tree import Layout, State, hashable, is_inexact, merge, nan_unless, partition, widest
-from jode.window import Params
 
 if TYPE_CHECKING:
     from jaxtyping import ArrayLike, Float, Inexact, Int32, PyTree, Real
@@ -373,7 +372,7 @@ def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, checked: 
     if stops is not None or jumps:
         solver, ts, saved = stopping(solver, ts, stops, jumps and jumps[0])
     if jumps:
-        args, jump = (args, jumps[2]), _jump_of(jumps[1], bool(observers), jumps[2] is not None)
+        args, jump = (args, jumps[2]), jump_of(jumps[1], bool(observers), jumps[2] is not None)
         f, of = (lambda t, y, args: of(t, y, args[0])), f
     saves = ts.shape[0] if saved is not None else given.shape[0]
     intervals = saves - 1
@@ -406,105 +405,3 @@ def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, checked: 
 
 
 _solve_jitted = partial(jax.jit, static_argnums=(3, 4, 5), inline=True)(_solve)
-
-
-def close(
-    f: Callable, ts: Array, y0: Any, args: Any, layout: Layout, leading: list[bool], observing: bool, jump: Callable | None
-) -> tuple[Callable, Params, Any, Callable | None, Callable | None]:
-    """Trace f once: a function of packed states and explicit parameters, the parameters, and the function's effects.
-
-    Arrays that f closes over are parameters too; `leading` says which leaves of args lead with depth. f must return the structure
-    and shapes of y; another dtype is cast. The fourth is the state with what observers keep, if there are any: f then returns that
-    besides the slope. The last is the jump of an index, if one is given, of packed states too.
-    """
-    given, static = partition(args, jax.Array)
-    time = ts.dtype
-    lead = [m for x, m in zip(jax.tree.leaves(args), leading, strict=True) if isinstance(x, jax.Array)]
-    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    example = [jax.eval_shape(lambda x: x[0], x) if m else shape(x) for x, m in zip(given, lead, strict=True)]
-    y = [jax.ShapeDtypeStruct(s, d) for s, d in zip(layout.shapes, layout.dtypes, strict=True)]
-    buckets: tuple[list, list, list, list] = ([], [], [], [])
-
-    def kept_in(xs: list, layered: list[bool]) -> list[tuple[int, int]]:
-        """Places of arrays among the parameters."""
-        places = []
-        for x, by_layer in zip(xs, layered, strict=True):
-            bucket = (0 if is_inexact(x) else 2) + by_layer
-            places.append((bucket, len(buckets[bucket])))
-            buckets[bucket].append(x)
-        return places
-
-    def traced(g: Callable, *numbers: Any) -> tuple[Callable, Any, Any]:
-        """A function of (t, packed state, params, *numbers) that returns leaves; what g returns; its effects."""
-
-        def flat(t: Array, y: list, given: list, *numbers: Array) -> Any:
-            return g(t, jax.tree.unflatten(layout.treedef, y), merge(given, static), *numbers)
-
-        try:
-            closed, out = jax.make_jaxpr(flat, return_shape=True)(jax.ShapeDtypeStruct((), time), y, example, *numbers)
-        except (TypeError, ValueError, IndexError) as e:
-            shapes = ", ".join(f"{d}{list(s)}" for s, d in zip(layout.shapes[:4], layout.dtypes, strict=False))
-            e.add_note(f"jode called f(t, y, args) with t a scalar and y0 of {shapes}; solve's own order is f, y0, ts, args")
-            raise
-        jaxpr = closed.jaxpr  # the function below holds no constants: they may be tracers
-        consts = kept_in([jnp.asarray(c) for c in closed.consts], [False] * len(closed.consts))
-
-        def evaluate(t: Array, state: State, params: Params, *numbers: Array) -> list:
-            at = lambda places: [params[b][i] for b, i in places]
-            return jax.core.eval_jaxpr(jaxpr, at(consts), t, *layout.unpack(state), *at(places), *numbers)
-
-        return evaluate, out, jaxpr.effects
-
-    evaluate, out, effects = traced(f)
-    _check_slope(out[0] if observing else out, y0, layout, time)
-    evaluate_jump, out, _ = traced(jump, jax.ShapeDtypeStruct((), jnp.int32)) if jump else (None, None, None)
-    if jump:
-        _check_slope(out, y0, layout, time, "g")
-    places = kept_in(given, lead)
-    packed = lambda leaves: layout.pack([jnp.asarray(k, d) for k, d in zip(leaves, layout.dtypes, strict=True)])
-
-    def field(t: Array, state: State, params: Params) -> State:
-        return packed(evaluate(t, state, params)[: len(layout.dtypes)])
-
-    def kept(t: Array, state: State, params: Params) -> State:
-        after = evaluate(t, state, params)[len(layout.dtypes) :]
-        return layout.pack([*layout.unpack(state)[: len(layout.dtypes) - len(after)], *after])
-
-    def jumped(t: Array, state: State, params: Params, k: Array) -> State:
-        assert evaluate_jump is not None
-        return packed(evaluate_jump(t, state, params, k))
-
-    return field, Params(*buckets), effects, kept if observing else None, jumped if jump else None
-
-
-def _jump_of(g: Callable, observing: bool, tabled: bool) -> Callable:
-    """The state after jump k, as a function of (t, y, (args, xs), k); what observers keep stays."""
-
-    def jump(t: Array, y: Any, args: tuple, k: Array) -> Any:
-        args, xs = args
-        y, kept = y if observing else (y, None)
-        x = (jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, k, 0, keepdims=False), xs),) if tabled else ()
-        y = g(t, y, args, *x)
-        return (y, kept) if observing else y
-
-    return jump
-
-
-def _check_slope(out: Any, y0: Any, layout: Layout, time: Any, name: str = "f") -> None:
-    leaves, treedef = jax.tree.flatten(out)
-    if treedef != layout.treedef:
-        stateful = isinstance(out, tuple) and len(out) == 2 and jax.tree.structure(out[0]) == layout.treedef
-        stateful = stateful and [x.shape for x in jax.tree.leaves(out[0])] == list(layout.shapes)
-        hint = "; a pair of slope and state (batch statistics) is not a vector field: see jode.resnet" if stateful else ""
-        if isinstance(out, (list, tuple)) and not stateful and jax.tree_util.treedef_is_leaf(layout.treedef):
-            hint = f": y0 is one array, so make one of the {len(out)} entries with jnp.stack"
-        raise TypeError(f"{name}(t, y, args) must return the structure of y0, {layout.treedef}; it returned {treedef}{hint}")
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(y0)[0]]
-    for path, k, shape, dtype in zip(paths, leaves, layout.shapes, layout.dtypes, strict=True):
-        if k.shape != shape:
-            swapped = ": is it written f(y, t)? The order is t, y, args" if k.shape == () else ""
-            raise TypeError(f"{name}(t, y, args){path} must have the shape of y0{path}, {shape}; it has {k.shape}{swapped}")
-        if jnp.issubdtype(k.dtype, jnp.complexfloating) and not jnp.issubdtype(dtype, jnp.complexfloating):
-            raise TypeError(f"{name}(t, y, args){path} is complex but y0{path} is {dtype}: make y0 complex")
-        if is_inexact(k) and jnp.finfo(k.dtype).bits > max(32, *(jnp.finfo(d).bits for d in (dtype, time))):  # t may widen it
-            warnings.warn(f"{name}(t, y, args){path} is {k.dtype} and is cast to the dtype of y0{path}, {dtype}", stacklevel=2)

@@ -21,6 +21,7 @@ ROOMS = [
     "turns",
     "march",
     "adjoint",
+    "field",
     "ivp",
     "depth",
     "validity",

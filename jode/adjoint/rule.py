@@ -44,8 +44,8 @@ class Adjoint:
         raise NotImplementedError
 
     def pull(self, march: March, problem: Problem, outcome: Outcome, kept: Any, bars: tuple) -> tuple:
-        """Cotangents of (ts, y0, shared, layers) from those of (the saved states, what observers saw), all as `Outcome` and `Problem`
-        have them outside.
+        """Cotangents of (ts, y0, shared, layers) from those of (the saved states, what observers saw), all as `Outcome` and
+        `Problem` have them outside.
         """
         raise NotImplementedError
 

@@ -1,9 +1,9 @@
 """Steps that end at given times, where f jumps or the state is reset: the two controls that stop there.
 
 `marks` say what happens at times of `ts`: -1 nothing, 0 f jumps, k the state is reset by jump k - 1. f is continuous from the
-right: at a marked time it is what it is after it, and stages of steps that lie before it see at most the time just before. For equal
-steps `ts` is one sequence of save times and others, each with a mark; for steps that are found the others follow the save times, and
-the last of them is the end.
+right: at a marked time it is what it is after it, and stages of steps that lie before it see at most the time just before. For
+equal steps `ts` is one sequence of save times and others, each with a mark; for steps that are found the others follow the save
+times, and the last of them is the end.
 """
 
 from __future__ import annotations

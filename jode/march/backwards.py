@@ -44,11 +44,11 @@ def pull(
         sbar = where(landed, _saved(march, sbar, take(g.ys, q)), sbar)
     bars = Bars(jnp.zeros_like(h), jnp.zeros_like(t), zeros_like(s), zeros_like(K) if K is not None else (), c.ts, zeros_like(s1))
     seen, nexts = Seen(window, s, [], None, None, None, s1=s1), []
-    for w, at, bar, values in zip(
+    for w, left_to, bar, values in zip(
         march.watches, c.next, _by_watch(march, g.ys, g.observed), _by_watch(march, (), g.values), strict=True
     ):
-        at, bars = w.pull(march, problem, at, seen, K, bar, values, bars)
-        nexts.append(at)
+        next_, bars = w.pull(march, problem, left_to, seen, K, bar, values, bars)
+        nexts.append(next_)
     if march.watches:
         sbar, slopes_bar = add(sbar, bars.end), bars.slopes if K is not None else None
     size = march.plan.degree + 1

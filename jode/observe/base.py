@@ -65,3 +65,11 @@ class Watch:
     def serve(self, march: Any, problem: Problem, carry: Any, due: Array, c: Any) -> Any:
         """Its carry after it was served; where it is not due, another is."""
         raise NotImplementedError
+
+    def pull(
+        self, march: Any, problem: Problem, next_: Any, seen: Seen, K: Any, g: Any, values: Any, bars: Bars
+    ) -> tuple[Any, Bars]:
+        """Its transpose at one step, of slopes K (stacked): cotangents g of what it saw, whose values are given, are added to bars.
+        `next_` is what it carries on the way back.
+        """
+        raise NotImplementedError

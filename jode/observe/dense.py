@@ -62,7 +62,7 @@ class Dense(Table):
     refines = True
     slopes = True
 
-    def shapes(self, plan: Any) -> State:
+    def shapes(self, plan: Any) -> tuple:
         degree = max(2, *map(len, plan.solver.method.dense))
         one = jax.ShapeDtypeStruct((1,), plan.time)
         return (one, one, *(jax.ShapeDtypeStruct(((degree + 1) * x.shape[0],), x.dtype) for x in plan.layout.packed))

@@ -49,7 +49,7 @@ class Table(Watch):
             )
         return replace(self, capacity=self.capacity or most)
 
-    def shapes(self, plan: Any) -> State:
+    def shapes(self, plan: Any) -> tuple:
         """Shapes and dtypes of an entry's vectors, for one trajectory."""
         raise NotImplementedError
 
@@ -80,7 +80,7 @@ class Table(Watch):
 
     def overflowed(self, carry: Filled) -> Array:
         """Rows with more steps than entries."""
-        return carry.count > self.capacity
+        return carry.count > (self.capacity or 0)
 
     def read(self, carry: Filled) -> State:
         """The tables; NaN in rows that did not fit."""
@@ -125,7 +125,7 @@ class Steps(Table):
     found are constants.
     """
 
-    def shapes(self, plan: Any) -> State:
+    def shapes(self, plan: Any) -> tuple:
         return (jax.ShapeDtypeStruct((1,), plan.time), *plan.layout.packed)
 
     def entry(self, march: Any, t: Array, h: Array, end: Array, s: State, s1: State, ks: list[State]) -> State:
