@@ -25,7 +25,7 @@ from jode.method import (
     rk4,
     tsit5,
 )
-from jode.observe import Dense, Observer, Steps
+from jode.observe import At, Dense, Event, Observer, Steps
 from jode.runner import Compiled, Eager, Runner
 from jode.tableau import Tableau
 
@@ -47,11 +47,13 @@ ROOMS = ("audit", "compat", "data", "depth", "models", "regularize", "train", "v
 __all__ = [
     "Adaptive",
     "Adjoint",
+    "At",
     "Backprop",
     "Backsolve",
     "Compiled",
     "Dense",
     "Eager",
+    "Event",
     "Fixed",
     "Layers",
     "MemoryFree",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -15,14 +15,33 @@ from jode.tree import Layout, State, is_inexact, merge, partition
 from jode.window import Params
 
 
+class Closed(NamedTuple):
+    """Functions of (t, packed state, params): the slope; the state with what observers keep; the state after jump k, a fourth
+    argument; what other observers look by. And the effects of f.
+    """
+
+    field: Callable
+    kept: Callable | None
+    jump: Callable | None
+    looks: tuple
+    effects: Any
+
+
 def close(
-    f: Callable, ts: Array, y0: Any, args: Any, layout: Layout, leading: list[bool], observing: bool, jump: Callable | None
-) -> tuple[Callable, Params, Any, Callable | None, Callable | None]:
-    """Trace f once: a function of packed states and explicit parameters, the parameters, and the function's effects.
+    f: Callable,
+    ts: Array,
+    y0: Any,
+    args: Any,
+    layout: Layout,
+    leading: list[bool],
+    observing: bool,
+    jump: Callable | None,
+    looks: Sequence[Callable | None],
+) -> tuple[Closed, Params, list]:
+    """Trace f once: functions of packed states and explicit parameters, the parameters, and what the functions `looks` return.
 
     Arrays that f closes over are parameters too; `leading` says which leaves of args lead with depth. f must return the structure
-    and shapes of y; another dtype is cast. The fourth is the state with what observers keep, if there are any: f then returns that
-    besides the slope. The last is the jump of an index, if one is given, of packed states too.
+    and shapes of y; another dtype is cast. Where there are observers beside the state, f returns besides the slope what they keep.
     """
     given, static = partition(args, jax.Array)
     time = ts.dtype
@@ -67,6 +86,7 @@ def close(
     evaluate_jump, out, _ = traced(jump, jax.ShapeDtypeStruct((), jnp.int32)) if jump else (None, None, None)
     if jump:
         _check_slope(out, y0, layout, time, "g")
+    looked = [g and traced(g) for g in looks]
     places = kept_in(given, lead)
     packed = lambda leaves: layout.pack([jnp.asarray(k, d) for k, d in zip(leaves, layout.dtypes, strict=True)])
 
@@ -81,7 +101,14 @@ def close(
         assert evaluate_jump is not None
         return packed(evaluate_jump(t, state, params, k))
 
-    return field, Params(*buckets), effects, kept if observing else None, jumped if jump else None
+    def look(evaluate: Callable, out: Layout) -> Callable:
+        cast = lambda leaves: [jnp.asarray(x, d) for x, d in zip(leaves, out.dtypes, strict=True)]
+        return lambda t, state, params: out.pack(cast(evaluate(t, state, params)))
+
+    outs = [x and Layout.of(x[1]) for x in looked]
+    functions = tuple(x and look(x[0], Layout.of(x[1])) for x in looked)
+    closed = Closed(field, kept if observing else None, jumped if jump else None, functions, effects)
+    return closed, Params(*buckets), outs
 
 
 def jump_of(g: Callable, observing: bool, tabled: bool) -> Callable:

@@ -17,14 +17,15 @@ import numpy as np
 from jax import Array
 
 from jode.adjoint import Adjoint, Backprop
+from jode.asked import Asked, in_order
 from jode.control import Adaptive, Solver, Stats, Status
 from jode.control.base import concrete
 from jode.control.stops import stopping
 from jode.field import close, jump_of
 from jode.march import Plan, Problem
 from jode.method import Method
-from jode.observe import Observed, Observer, Table, observing
-from jode.tree import Layout, State, hashable, is_inexact, merge, nan_unless, partition, widest
+from jode.observe import Observed, observing
+from jode.tree import Layout, hashable, is_inexact, merge, nan_unless, partition, widest
 
 if TYPE_CHECKING:
     from jaxtyping import ArrayLike, Float, Inexact, Int32, PyTree, Real
@@ -103,17 +104,18 @@ def solve(
     y0 = _state(y0)
     ts = _times(ts, y0)
     solver = solver.checked(y0).over(ts)
-    observers, watches, places = _observers(observe)
-    if (observers or watches) and not adjoint.sees_steps:
+    asked, looks = Asked.of(observe, lambda x: _stops(x, ts, "the times of At"), solver.layered)
+    if asked and not adjoint.sees_steps:
         raise ValueError(
             f"observers see steps, and the gradient of {type(adjoint).__name__} is not that of the steps: use jode.Backprop"
         )
     stops, jumps = _stops(stops, ts), _jumps(jumps, ts)
     if stops is not None or jumps:
         _check_stops(solver, adjoint)
-    dynamic, static = partition((f, args, solver, observers, watches, places, stops, jumps), DATA)
+    dynamic, static = partition((f, args, solver, asked, looks, stops, jumps), DATA)
     dynamic = [jnp.asarray(x) for x in dynamic]
-    untraced = not (_holds_tracers(f) or (jumps and _holds_tracers(jumps[1])))
+    functions = [f, jumps and jumps[1], *asked.functions]
+    untraced = not any(map(_holds_tracers, functions))
     run = _solve_jitted if hashable((static, adjoint)) and untraced else _solve
     checked = all(concrete(x) for x in (ts, stops, jumps and jumps[0], *jax.tree.leaves(solver)))
     return run(y0, ts, dynamic, static, adjoint, checked)
@@ -190,7 +192,7 @@ def check(sol: Solution) -> Solution:
             "jode.check needs concrete values: call it outside jax.jit, on the solution that the jitted function returns"
         )
     status = np.asarray(sol.status)
-    failed = np.argwhere(np.atleast_1d(status != Status.success))
+    failed = np.argwhere(np.atleast_1d((status != Status.success) & (status != Status.event)))
     if not len(failed):
         return sol
     row = tuple(int(i) for i in failed[0]) if status.ndim else ()
@@ -320,47 +322,12 @@ def _check_stops(solver: Solver, adjoint: Adjoint) -> None:
         raise ValueError(f"{type(adjoint).__name__} solves an ODE without stops or jumps backwards: use jode.Backprop")
 
 
-def _observers(observe: Any) -> tuple[list, list, Any]:
-    """Observers that are marched beside the state, those inside the loop, and how their results become one pytree."""
-    leaves, treedef = jax.tree.flatten(observe, is_leaf=lambda x: isinstance(x, (Observer, Table)))
-    for o in leaves:
-        if not isinstance(o, (Observer, Table)):
-            raise TypeError(f"observe must be an observer such as jode.Steps() or a pytree of them, got {type(o).__name__}")
-    folds = tuple(isinstance(o, Observer) for o in leaves)
-    return [o for o in leaves if isinstance(o, Observer)], [o for o in leaves if isinstance(o, Table)], _Places(treedef, folds)
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Where in `observe` each observer is, and whether it is marched beside the state."""
-
-    treedef: Any
-    folds: tuple[bool, ...]
-
-    def __call__(self, beside: list, inside: list) -> Any:
-        ways = iter(beside), iter(inside)
-        return jax.tree.unflatten(self.treedef, [next(ways[0] if fold else ways[1]) for fold in self.folds])
-
-
-@dataclass(frozen=True)
-class _Unpack:
-    """The states of packed ones with leading axes, without what is marched beside them."""
-
-    layout: Layout
-    observing: bool
-
-    def __call__(self, vectors: State, lead: tuple) -> Any:
-        y = jax.tree.unflatten(self.layout.treedef, self.layout.unpack(vectors, lead))
-        return y[0] if self.observing else y
-
-
 def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, checked: bool) -> Solution:
-    f, args, solver, observers, watches, places, stops, jumps = merge(dynamic, static)
-    y, ts = y0, jnp.asarray(ts)
-    if observers:
-        leaves, treedef = jax.tree.flatten(args)
-        first = jax.tree.unflatten(treedef, [x[0] if m else x for x, m in zip(leaves, solver.leading(args), strict=True)])
-        y0 = y, jax.tree.map(jnp.asarray, [o.init(ts[0], y, first) for o in observers])
+    f, args, solver, asked, looks, stops, jumps = merge(dynamic, static)
+    y, ts, beside = y0, jnp.asarray(ts), bool(asked.beside)
+    leaves, treedef = jax.tree.flatten(args)
+    first = jax.tree.unflatten(treedef, [x[0] if m else x for x, m in zip(leaves, solver.leading(args), strict=True)])
+    y0 = asked.initial(ts[0], y, first)
     layout = Layout.of(y0)
     given, valid, packed = ts, None, layout.pack(jax.tree.leaves(y0))
     if not checked:  # an invalid trajectory starts from NaN and goes nowhere, like any other that fails at its start
@@ -369,23 +336,27 @@ def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, checked: 
         packed = tuple(jnp.where(valid, x, nan_unless(valid, jnp.zeros_like(x))) for x in packed)
         solver = jax.tree.map(lambda x: x if isinstance(x, int) else jnp.where(valid, x, 1).astype(x.dtype), solver)
     saved, jump = None, None
+    orders, others = in_order(looks, ts)
     if stops is not None or jumps:
-        solver, ts, saved = stopping(solver, ts, stops, jumps and jumps[0])
+        solver, ts, saved = stopping(solver, ts, others, stops, jumps and jumps[0])
+    elif looks:
+        ts = jnp.concatenate([ts, others])
     if jumps:
-        args, jump = (args, jumps[2]), jump_of(jumps[1], bool(observers), jumps[2] is not None)
+        args, jump = (args, jumps[2]), jump_of(jumps[1], beside, jumps[2] is not None)
         f, of = (lambda t, y, args: of(t, y, args[0])), f
-    saves = ts.shape[0] if saved is not None else given.shape[0]
+    saves = given.shape[0] if saved is None else ts.shape[0] - others.shape[0]
     intervals = saves - 1
     layers = solver.layers(args, intervals)
     steps = solver.steps_between(intervals, layers)
-    whole = observing(f, observers) if observers else f
-    field, params, effects, kept, jump = close(whole, ts, y0, args, layout, solver.leading(args), bool(observers), jump)
+    f = observing(f, list(asked.beside)) if beside else f
+    closed, params, outs = close(f, ts, y0, args, layout, solver.leading(args), beside, jump, asked.seen_with(bool(jumps)))
     weights = sum(x.size for x in (*params.shared, *params.layers))
     most = solver.most_steps(intervals, steps)
-    method, watches = solver.method.for_steps(most), tuple(w.sized(most) for w in watches)
-    if observers:
+    method = solver.method.for_steps(most)
+    watches = asked.placed(outs, saves, most, method)
+    if beside:
         method = Observed(method, layout.leading(len(jax.tree.leaves(y))))
-    plan = Plan(field, replace(solver.static, method=method), layout, saves, ts.dtype, steps, weights, effects, kept, jump, watches)
+    plan = Plan(closed, replace(solver.static, method=method), layout, saves, ts.dtype, steps, weights, watches)
     outcome = adjoint.solve(plan, Problem(ts, packed, params, solver.numbers))
     stats, status, reached = outcome.stats, outcome.status, outcome.reached
     if valid is not None:
@@ -393,15 +364,11 @@ def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, checked: 
         status = jnp.where(valid, status, int(Status.invalid_input))
         reached = jnp.where(valid, reached, given[0])
     ys = tuple(x[saved] for x in outcome.ys) if saved is not None else outcome.ys
-    ys, observed = jax.tree.unflatten(layout.treedef, layout.unpack(ys, given.shape)), None
-    if observers:
-        ys, observed = ys
-        observed = [jax.tree.map(lambda x: x[-1], o) for o in observed]
-    if watches or observers:
-        unflatten = _Unpack(layout, bool(observers))
-        seen = [w.result(x, layout, unflatten) for w, x in zip(watches, outcome.observed, strict=True)]
-        observed = places(observed or [], seen)
-    return Solution(given, ys, stats, status, jax.lax.stop_gradient(reached), observed)
+    ys = jax.tree.unflatten(layout.treedef, layout.unpack(ys, given.shape))
+    ys, kept = ys if beside else (ys, None)
+    reached = jax.lax.stop_gradient(reached)
+    observed = asked.results(kept, watches, outcome.observed, orders, reached, layout) if asked else None
+    return Solution(given, ys, stats, status, reached, observed)
 
 
 _solve_jitted = partial(jax.jit, static_argnums=(3, 4, 5), inline=True)(_solve)

@@ -168,6 +168,10 @@ class Rows:
         """A number of each row as a state of one component."""
         return column[None] if self.size is None else self.spread(column)
 
+    def number(self, vector: Array) -> Array:
+        """The inverse of `as_vector`."""
+        return vector[0] if self.size is None else vector
+
     def as_column(self, vectors: Array) -> Array:
         """The inverse of `as_vector`, of a table."""
         return vectors[:, 0] if self.size is None else vectors

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jode.adjoint.rule import Adjoint, contained, drift
-from jode.control import Solver, Status
+from jode.adjoint.rule import Adjoint, contained, drift, failed
+from jode.control import Solver
 from jode.march import Cotangents, March, Outcome, Problem, inner, numbers_to_layout
 from jode.method import RungeKutta
 from jode.observe import Seen, Watch
@@ -64,10 +64,10 @@ class Backsolve(Adjoint):
     def pull(self, march: March, problem: Problem, outcome: Outcome, kept: Any, bars: tuple) -> tuple:
         rows = march.rows
         good = rows.column(outcome.good)
-        failed = rows.column(outcome.status) != int(Status.success)
+        lost = failed(march, outcome)
         ys = tuple(rows.to_layout(x, True, 1) for x in outcome.ys)
         back = lambda problem, g: _solve_back(self, march, good, ys, problem, g.ys)
-        return contained(march, problem, outcome, failed & ~good[1], bars, back)
+        return contained(march, problem, outcome, lost & ~good[1], bars, back)
 
 
 @dataclass(frozen=True, eq=False)

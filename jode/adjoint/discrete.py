@@ -11,8 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from jode.adjoint.rule import Adjoint, contained
-from jode.control import Status
+from jode.adjoint.rule import Adjoint, contained, failed
 from jode.march import (
     Cotangents,
     Given,
@@ -69,9 +68,9 @@ class Discrete(Adjoint):
     def pull(self, march: March, problem: Problem, outcome: Outcome, kept: Kept, bars: tuple) -> tuple:
         rows, kept = march.rows, kept_to_layout(march, kept)
         good = rows.column(outcome.good)
-        failed = rows.column(outcome.status) != int(Status.success)
-        at_start = failed_at_start(march, kept.grid, good, failed)
-        unrecoverable = failed & self.unrecoverable(march)
+        lost = failed(march, outcome)
+        at_start = failed_at_start(march, kept.grid, good, lost)
+        unrecoverable = lost & self.unrecoverable(march)
         record = self.records(march.plan, rows.size or 1)
 
         def pull(problem: Problem, g: Given) -> tuple[Cotangents, Array]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jode.control import Status
 from jode.march import (
     Cotangents,
     Given,
@@ -95,6 +97,12 @@ def _rows(batch: Batch | None) -> int:
     return batch.size if batch else 1
 
 
+def failed(march: March, outcome: Outcome) -> Array:
+    """Rows that failed, as a column: an observer that ended a row, or had no room, is no failure of the march."""
+    status = march.rows.column(outcome.status)
+    return (status != int(Status.success)) & (status != int(Status.event)) & (status != int(Status.capacity))
+
+
 def contained(
     march: March,
     problem: Problem,
@@ -116,12 +124,9 @@ def contained(
     for x in ybar:
         spoiled = spoiled | ~rows.all(jnp.all(good | (x == 0), axis=0))
         touched = touched | ~rows.all(jnp.all(x == 0, axis=0))
-    for table, bar in zip(
-        values, obar, strict=True
-    ):  # what lies behind the entries is no number, and cotangents of it mean nothing
-        for x, b in zip(table, bar, strict=True):
-            touching = ~rows.all(jnp.all(b == 0, axis=0))
-            spoiled, touched = spoiled | (rows.all(jnp.isnan(x[0])) & touching), touched | touching
+    for watch, table, bar in zip(march.plan.watches, values, obar, strict=True):
+        spoiled = spoiled | watch.spoils(rows, table, bar)
+        touched = reduce(jnp.logical_or, [~rows.all(jnp.all(b == 0, axis=0)) for b in bar], touched)
     obar = jax.tree.map(lambda x, b: jnp.where(jnp.isnan(x), 0, b), values, obar)
     g = Given(tuple(jnp.where(good, x, 0) for x in ybar), obar, values)
     c, wrong = pull(replace_failed(march, to_layout(march, problem), broken), g)

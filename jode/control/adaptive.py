@@ -173,6 +173,9 @@ class Adaptive(Solver):
         """The time that the next step must not pass."""
         return march.save_times(problem)[-1]
 
+    def halted(self, carry: Any, rows: Array) -> Any:
+        return carry._replace(h=jnp.where(rows, 0, carry.h))
+
     def wants(self, c: Any) -> Array:
         """Rows that want another step."""
         return c.h != 0
@@ -217,10 +220,10 @@ class Adaptive(Solver):
         start = jnp.where(i == 0, grid.start, grid.times[jnp.maximum(i - 1, 0)])
         end = grid.times[i]
         if left is None:
-            return (0, -1), lambda a, b: (start, end - start)
+            return (0, march.plan.saves - 1), lambda a, b: (start, end - start)
         moved = end != start
         first, last = moved & (left == 1), moved & (left == grid.accepted) & grid.arrived
-        return (0, -1), lambda a, b: (t := jnp.where(first, a, start), jnp.where(last, b, end) - t)
+        return (0, march.plan.saves - 1), lambda a, b: (t := jnp.where(first, a, start), jnp.where(last, b, end) - t)
 
     def _factor(self, e: Array, memory: tuple[Array, ...]) -> Array:
         """What the next step is multiplied by; a trial that left the domain (NaN) shrinks as far as allowed."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Status(IntEnum):
-    """Why a trajectory ended. Anything but `success` comes with NaN from the failing time on."""
+    """Why a trajectory ended. Anything but `success` comes with NaN from the time it ended on; `event` is no failure."""
 
     success = 0
     max_steps = 1
@@ -31,6 +31,7 @@ class Status(IntEnum):
     nonfinite_state = 4
     invalid_input = 5
     capacity = 6
+    event = 7
 
 
 class Stats(NamedTuple):
@@ -160,6 +161,10 @@ class Solver:
     def between(self, march: Any, problem: Problem, j: Array, c: Any) -> Any:
         """The loop's carry after what happens at ts[j], of a solver that lands."""
         return c
+
+    def halted(self, carry: Any, rows: Array) -> Any:
+        """The control's carry where some rows want no more steps; those of a solver that lands march on."""
+        return carry
 
     def serve(self, march: Any, problem: Problem, c: Any) -> Any:
         """The loop's carry after what happens where rows have come to, of one that does not."""

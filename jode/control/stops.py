@@ -23,14 +23,14 @@ from jode.tree import State, put, stack_zeros, where
 from jode.window import Problem, Window, just_before
 
 
-def stopping(solver: Any, ts: Array, stops: Array | None, jumps: Array | None) -> tuple[Solver, Array, Any]:
+def stopping(solver: Any, ts: Array, others: Array, stops: Array | None, jumps: Array | None) -> tuple[Solver, Array, Any]:
     """The same control, stopping at stops and jumps: (solver, times, saved), where `saved` are the places of the save times among
-    the times if these are saved too, else None.
+    the times if these are saved too, else None. others: times that observers look at; they follow those that are saved.
     """
     numbers = {f.name: getattr(solver, f.name) for f in fields(solver)}
     times, marks = _marked(ts, stops, jumps)
     if type(solver) is Adaptive:
-        return AdaptiveStops(**numbers, marks=marks), jnp.concatenate([ts, times]), None
+        return AdaptiveStops(**numbers, marks=marks), jnp.concatenate([ts, others, times]), None
     if type(solver) is not Fixed:
         raise TypeError(f"stops and jumps need jode.Fixed or jode.Adaptive, got {solver!r}")
     times, marks = (
@@ -43,7 +43,7 @@ def stopping(solver: Any, ts: Array, stops: Array | None, jumps: Array | None) -
     next_ = jax.lax.cummin(jnp.where(marks >= 0, _index(marks), n), reverse=True)
     there = jnp.concatenate([times, times[:1] * jnp.nan])[next_] == times  # steps that end at an equal save time see f before it
     marks = jnp.where(there, jnp.maximum(marks, 0), marks)
-    return FixedStops(**numbers, marks=marks), times, jnp.argsort(order)[: ts.shape[0]]
+    return FixedStops(**numbers, marks=marks), jnp.concatenate([times, others]), jnp.argsort(order)[: ts.shape[0]]
 
 
 def _marked(ts: Array, stops: Array | None, jumps: Array | None) -> tuple[Array, Array]:
@@ -91,7 +91,7 @@ class FixedStops(Fixed):
 
     def limited(self, march: Any, problem: Problem, grid: Grid, i: Array, window: Window) -> Window:
         j = i // self.bound(march, problem)
-        later = march.rows.spread(jnp.where(direction(problem.ts) > 0, j + 1, j))
+        later = march.rows.spread(jnp.where(direction(march.save_times(problem)) > 0, j + 1, j))
         end = march.rows.pick(problem.ts, later)
         return replace(window, limit=jnp.where(march.mark(problem, later) >= 0, just_before(end), end))
 
@@ -153,7 +153,7 @@ class AdaptiveStops(Adaptive):
 
     def _towards(self, march: Any, problem: Problem, c: Stopped, width: Array, slope: State) -> Stopped:
         """The carry of a row that starts with a step so wide towards its next time, which may be the time it is at."""
-        end = march.rows.spread(march.rows.pick(problem.ts, march.plan.saves + c.behind))
+        end = march.rows.spread(march.rows.pick(problem.ts, _first(problem) + c.behind))
         mark = march.rows.spread(march.rows.pick(problem.numbers["marks"], c.behind))
         h = reach(end, c.t, width)
         wanted = (h != 0) | ((end == c.t) & march.rows.finite(slope))
@@ -162,7 +162,7 @@ class AdaptiveStops(Adaptive):
     def window(self, march: Any, problem: Problem, place: None, carry: Any) -> Window:
         window, c = super().window(march, problem, place, carry), carry
         before = lambda happens, t: jnp.where(happens, just_before(t), t)
-        on, back = before(c.mark >= 0, c.end), before(c.node >= march.plan.saves, c.t)
+        on, back = before(c.mark >= 0, c.end), before(c.node >= _first(problem), c.t)
         return replace(window, limit=jnp.where(direction(march.save_times(problem)) > 0, on, back))
 
     def target(self, march: Any, problem: Problem, c: Stopped) -> Array:
@@ -171,10 +171,14 @@ class AdaptiveStops(Adaptive):
     def wants(self, c: Stopped) -> Array:
         return c.wanted
 
+    def halted(self, carry: Stopped, rows: Array) -> Stopped:
+        c = super().halted(carry, rows)
+        return c._replace(wanted=c.wanted & ~rows, waits=c.waits & ~rows)
+
     def judged(self, march: Any, problem: Problem, c: Stopped, accept: Array) -> Stopped:
         there = accept & (c.t == c.end)
         waits = there & (c.mark >= 0) & (c.t != march.save_times(problem)[-1])
-        node = jnp.where(accept, jnp.where(there, march.plan.saves + c.behind, -1), c.node)
+        node = jnp.where(accept, jnp.where(there, _first(problem) + c.behind, -1), c.node)
         return c._replace(node=node, wanted=waits | (c.h != 0), waits=waits)
 
     def serve(self, march: Any, problem: Problem, c: Any) -> Any:
@@ -237,6 +241,11 @@ def _nodes(grid: Grid, i: Array) -> tuple[Array, Array]:
     """Which of ts rows stand at before and after slot i."""
     table, first = grid.nodes
     return jnp.where(i == 0, first, table[jnp.maximum(i - 1, 0)]), table[i]
+
+
+def _first(problem: Problem) -> int:
+    """The place of the first marked time of a found grid."""
+    return problem.ts.shape[0] - problem.numbers["marks"].shape[0]
 
 
 def _index(x: Array) -> Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jode.control import Grid
+from jode.control.adaptive import direction
 from jode.march.forwards import Loop, March
 from jode.march.values import Carry, Cotangents, Given, Kept, Problem, inner
 from jode.observe import Bars, Record, Recorded, Seen
@@ -21,7 +22,7 @@ from jode.window import Params
 
 def failed_at_start(march: March, grid: Grid, good: Array, failed: Array) -> Array:
     """Rows whose later states are never looked at: they failed before their first step, or before their first save time."""
-    return ~good[1] if march.solver.lands else failed & (grid.accepted == 0)
+    return failed & (~good[1] if march.solver.lands else grid.accepted == 0)
 
 
 def pull(
@@ -33,7 +34,7 @@ def pull(
     (t, h), span_back = jax.vjp(span, _time(march, ts, p), _time(march, ts, q))
     window = solver.limited(march, problem, grid, i, march.window(problem, t, h, i if solver.lands else None))
     sbar, left, slopes_bar = c.s, c.left, None
-    s = _sound(march, grid, good, q, s, start)
+    s = _sound(march, problem, grid, good[q] if solver.lands else None, g, t, s, start)
     s1, K, pull = march.method.pullback(window, s, march.needs_slopes, march.rolled)
     if solver.marked:
         c = _pull_reset(march, problem, solver.node(march, problem, grid, i), march.still(problem, window, s, s1), c)
@@ -42,7 +43,8 @@ def pull(
         bound = solver.bound(march, problem)
         landed = (i % bound == bound - 1) & (q < march.plan.saves - 1)
         sbar = where(landed, _saved(march, sbar, take(g.ys, q)), sbar)
-    bars = Bars(jnp.zeros_like(h), jnp.zeros_like(t), zeros_like(s), zeros_like(K) if K is not None else (), c.ts, zeros_like(s1))
+    nothing = jnp.zeros_like(h), jnp.zeros_like(t), zeros_like(s), zeros_like(K) if K is not None else ()
+    bars = Bars(*nothing, c.ts, zeros_like(s1), c.shared)
     seen, nexts = Seen(window, s, [], None, None, None, s1=s1), []
     for w, left_to, bar, values in zip(
         march.watches, c.next, _by_watch(march, g.ys, g.observed), _by_watch(march, (), g.values), strict=True
@@ -53,7 +55,7 @@ def pull(
         sbar, slopes_bar = add(sbar, bars.end), bars.slopes if K is not None else None
     size = march.plan.degree + 1
     before = [jax.lax.dynamic_slice_in_dim(x, i, size, 0) for x in c.layers]
-    sbar_step, (tbar, hbar, shared, after) = pull(sbar, slopes_bar, (jnp.zeros_like(t), jnp.zeros_like(h), c.shared, before))
+    sbar_step, (tbar, hbar, shared, after) = pull(sbar, slopes_bar, (jnp.zeros_like(t), jnp.zeros_like(h), bars.shared, before))
     sbar = march.still(problem, window, sbar, sbar_step)
     if march.watches:
         sbar, tbar, hbar = add(bars.s, sbar), tbar + bars.t, hbar + bars.h
@@ -70,10 +72,16 @@ def _by_watch(march: March, saved: Any, observed: tuple) -> tuple:
     return (*(saved for _ in march.saves), *observed)
 
 
-def _sound(march: March, grid: Grid, good: Array, q: Any, s: State, start: State) -> State:
-    """The state that a step starts from; rows that failed take the first one."""
+def _sound(march: March, problem: Problem, grid: Grid, good: Any, g: Given, t: Array, s: State, start: State) -> State:
+    """The state that a step from t starts from; rows that failed, or ended before it, take the first one.
+
+    good: where steps end at save times, rows whose next one is finite.
+    """
     if march.solver.lands:
-        return where(good[q], s, start)
+        end = march.end(problem, g.values)
+        if end is not None:
+            good = good | (direction(march.save_times(problem)) * (end - t) > 0)
+        return where(good, s, start)
     return where(grid.accepted > 0, s, start) if march.rows.size is not None else s
 
 
@@ -113,7 +121,7 @@ def terminal(march: March, problem: Problem, good: Array, grid: Grid, g: Given) 
     """The terminal cotangents: those after the last step, before any is pulled back."""
     nothing = zeros_like(tuple(x[0] for x in g.ys)) * (march.method.parts - 1)
     last = (jnp.sum(good[:-1], axis=0).astype(jnp.int32) - 1,) if march.saves else ()
-    next_ = (*last, *(w.left(march, x) for w, x in zip(march.plan.watches, g.values, strict=True)))
+    next_ = (*last, *(w.left(march, problem, x) for w, x in zip(march.plan.watches, g.values, strict=True)))
     params = problem.params
     s = (*(x[-1] for x in g.ys), *nothing)
     shared, layers = zeros_like(params.shared), zeros_like(params.layers)

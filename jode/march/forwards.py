@@ -60,6 +60,9 @@ class Loop:
         seen = Seen(window, c.s, step.slopes, accept, t, slot, node_of(control), step.state)
         watched = zip(self.watches, c.observed, strict=True)
         observed = tuple(w.step(march, problem, m, seen) if w.steps else m for w, m in watched)
+        for w, m in zip(self.watches, observed, strict=True):
+            if w.ends:
+                control = solver.halted(control, m.over)
         last = (window.t, window.h, c.s, step.slopes, t) if self.looks_back else ()
         return Carry(choose(step.state, c.s), slope, control, observed, last)
 
@@ -104,6 +107,7 @@ class March:
     F: Callable  # the vector field of all rows, (t, y, params), traced once however many stages ask for it
     kept: Callable | None = None  # what observers keep, of all rows
     jump: Callable | None = None  # the state after jump k, of all rows: (t, y, params, k)
+    functions: tuple = ()  # what observers look by, of all rows
     keeps_resets: bool = False  # whether states that are reset are kept, for a way back that cannot take the step again
     few: int = 0  # the loop ends where no more rows than this want another step
 
@@ -171,8 +175,8 @@ class March:
         leaves, treedef = jax.tree.flatten(problem)
         flags = jax.tree.leaves(self.mapped)
         rows, loops = Rows(GROUP, -1), c.control.loops
-        F, kept, jump = _lifted(self.plan, rows, self.mapped)
-        group = replace(self, rows=rows, F=F, kept=kept, jump=jump)
+        F, kept, jump, functions = _lifted(self.plan, rows, self.mapped)
+        group = replace(self, rows=rows, F=F, kept=kept, jump=jump, functions=functions)
 
         def with_loops(c: Carry, loops: Any) -> Carry:  # rows that still run have made as many attempts
             return c._replace(control=c.control._replace(loops=loops))
@@ -230,6 +234,34 @@ class March:
         """Whether an observer needs the slopes of each step."""
         return any(w.slopes for w in self.watches)
 
+    def seen_by(self, watch: Watch) -> Callable:
+        """What an observer looks by."""
+        return self.functions[self.plan.watches.index(watch)]
+
+    def end(self, problem: Problem, observed: tuple) -> Any:
+        """The time at which an observer ended each row, a column, NaN where none did; None if there is none that may."""
+        sign = direction(self.save_times(problem))
+        tables = zip(self.plan.watches, observed, strict=True)
+        first = [sign * self.rows.number(x[0][0]) for w, x in tables if w.ends]
+        return sign * reduce(jnp.fmin, first) if first else None
+
+    def _ended(self, problem: Problem, outcome: Outcome) -> Outcome:
+        """The outcome of rows that an observer ended: they know nothing of what is later."""
+        end, rows = self.end(problem, outcome.observed), self.rows
+        if end is None:
+            return outcome
+        sign = direction(self.save_times(problem))
+        good = jax.vmap(lambda t, good: good & ~(sign * (t - end) > 0))(self.save_times(problem), outcome.good)
+        over = ~jnp.isnan(end)
+        observed = tuple(w.ended(self, problem, x, end) for w, x in zip(self.plan.watches, outcome.observed, strict=True))
+        return outcome._replace(
+            ys=tuple(nan_unless(rows.over_time(good), x) for x in outcome.ys),
+            observed=observed,
+            good=good,
+            status=jnp.where(over, int(Status.event), outcome.status).astype(jnp.int32),
+            reached=jnp.where(over, end, outcome.reached),
+        )
+
     def outcome(self, problem: Problem, c: Carry, saved: Any, slope: State | None) -> Outcome:
         solver, method, rows = self.solver, self.method, self.rows
         dense = jnp.zeros((), jnp.int32)
@@ -260,7 +292,8 @@ class March:
             full = (status == int(Status.success)) & w.overflowed(m)
             status = jnp.where(full, int(Status.capacity), status).astype(jnp.int32)
         observed = tuple(w.read(m) for w, m in watched)
-        return Outcome(ys, observed, good, Stats(nfe, tried, accepted, tried - accepted, backward), status, reached)
+        stats = Stats(nfe, tried, accepted, tried - accepted, backward)
+        return self._ended(problem, Outcome(ys, observed, good, stats, status, reached))
 
     # --- a slot of the grid again, and back
 
@@ -296,7 +329,7 @@ class March:
     def mark(self, problem: Problem, j: Array) -> Array:
         """What happens at ts[j], a column; nothing where j is -1. Marks are those of the last of ts."""
         marks = problem.numbers["marks"]
-        at = j - (problem.ts.shape[0] - marks.shape[0])
+        at = j - (0 if self.solver.lands else problem.ts.shape[0] - marks.shape[0])
         return jnp.where(at >= 0, self.rows.pick(marks, jnp.maximum(at, 0)), -1)
 
     def reset_by(self, problem: Problem, mark: Array, t: Array, s: State) -> State:
@@ -315,7 +348,11 @@ class March:
         grid = kept.grid
         if self.solver.lands and self.method.parts == 1:
             bound = self.solver.bound(self, problem)
-            s1 = where((i + 1) % bound == 0, take(ys, (i + 1) // bound), s1)
+            saved = take(ys, (i + 1) // bound)
+            known = (i + 1) % bound == 0
+            if any(w.ends for w in self.watches):  # rows that ended went on, but nothing was saved
+                known = known & self.rows.finite(saved)
+            s1 = where(known, saved, s1)
         elif kept.resets:
             j = self.solver.node(self, problem, grid, i)
             at = jnp.maximum(j - (problem.ts.shape[0] - kept.resets[0].shape[0]), 0)
@@ -334,6 +371,7 @@ class March:
 
 
 def _lifted(plan: Plan, rows: Rows, mapped: Any) -> tuple:
-    """The vector field, what observers keep, and the jumps, for all rows."""
-    axes = mapped.params if mapped else None
-    return tuple(f and jax.jit(rows.lift(f, axes)) for f in (plan.field, plan.kept, plan.jump))
+    """The vector field, what observers keep, the jumps, and what observers look by, for all rows."""
+    axes, closed = mapped.params if mapped else None, plan.closed
+    lift = lambda f: f and jax.jit(rows.lift(f, axes))
+    return lift(closed.field), lift(closed.kept), lift(closed.jump), tuple(map(lift, closed.looks))

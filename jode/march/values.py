@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jode.control import Grid, Solver, Stats
+from jode.field import Closed
 from jode.native import Promise
 from jode.observe import Table
 from jode.rows import Rows
@@ -35,16 +35,13 @@ class Outcome(NamedTuple):
 class Plan:
     """Everything a march depends on that is not data."""
 
-    field: Callable
+    closed: Closed  # the vector field, and other functions of the user
     solver: Solver
     layout: Layout
     saves: int
     time: Any  # dtype
     steps: int | None  # steps between save times; None where that number is data
     weights: int  # how many numbers the parameters with gradients are
-    effects: Any  # of evaluating the field
-    kept: Callable | None = None  # what observers keep, of (t, y, params)
-    jump: Callable | None = None  # the state after jump k, of (t, y, params, k)
     watches: tuple[Table, ...] = ()  # observers inside the loop
 
     @property
@@ -55,7 +52,7 @@ class Plan:
         one = shape((), jnp.int32)
         stats = Stats(*[one] * len(Stats._fields))
         observed = tuple(tuple(shape((w.capacity, *x.shape), x.dtype) for x in w.shapes(self)) for w in self.watches)
-        return Promise((ys, observed), (shape((self.saves,), bool), stats, one, shape((), self.time)), self.effects)
+        return Promise((ys, observed), (shape((self.saves,), bool), stats, one, shape((), self.time)), self.closed.effects)
 
     @property
     def degree(self) -> int:

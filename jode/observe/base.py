@@ -28,8 +28,8 @@ class Seen(NamedTuple):
 
 
 class Bars(NamedTuple):
-    """Cotangents, as a step goes back, of its width, its start, its state, its slopes (stacked) and its end; and of the given
-    times.
+    """Cotangents, as a step goes back, of its width, its start, its state, its slopes (stacked) and its end; of the given times;
+    and of shared parameters.
     """
 
     h: Array
@@ -38,6 +38,7 @@ class Bars(NamedTuple):
     slopes: State
     ts: Array
     end: State
+    shared: list
 
 
 class Watch:
@@ -47,6 +48,7 @@ class Watch:
 
     steps: bool = True
     waits: bool = False
+    ends: Any = False  # whether trajectories may end where it says so, in `over` of its carry
     slopes: bool = False  # whether it needs the slopes of a step, at its end too
     by_row: bool = False  # whether its carry has the rows last, so that some of them may go on without the others
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -31,6 +32,8 @@ class Table(Watch):
     """
 
     capacity: int | None = None
+    g: Any = None  # a user's function, if it looks by one: the march has it for all rows
+    out: Layout | None = None  # of what that returns
 
     by_row = True
     refines: ClassVar[bool] = False  # whether entries need the slopes of the interpolant
@@ -40,14 +43,18 @@ class Table(Watch):
         if c is not None and (not isinstance(c, int) or isinstance(c, bool) or c < 1):
             raise ValueError(f"{type(self).__name__}: capacity must be a positive int or None, got {c!r}")
 
-    def sized(self, most: int) -> Table:
-        """With a capacity, given the most steps that there may be (0: not known)."""
+    def sized(self, most: int, method: Any) -> Any:
+        """With a capacity, given the most steps of the method that there may be (0: not known)."""
         if self.capacity is None and not most:
             raise ValueError(
                 f"{type(self).__name__} cannot know how many steps to keep for a traced step count: "
                 f"give {type(self).__name__}(capacity=...) or Fixed(..., max_steps=bound)"
             )
         return replace(self, capacity=self.capacity or most)
+
+    def told(self, out: Layout) -> Any:
+        """Told what its function returns."""
+        return replace(self, out=out)
 
     def shapes(self, plan: Any) -> tuple:
         """Shapes and dtypes of an entry's vectors, for one trajectory."""
@@ -57,7 +64,7 @@ class Table(Watch):
         """The entry of a step from t to end = t + h and from s to s1 with slopes ks."""
         raise NotImplementedError
 
-    def result(self, entries: State, layout: Layout, unflatten: Callable) -> Any:
+    def result(self, entries: State, reached: Array, unflatten: Callable) -> Any:
         """What the user gets, of one trajectory; unflatten(vectors, lead) makes states of packed ones with leading axes."""
         raise NotImplementedError
 
@@ -86,7 +93,18 @@ class Table(Watch):
         """The tables; NaN in rows that did not fit."""
         return tuple(jnp.where(self.overflowed(carry), jnp.nan, x[:-1]).astype(x.dtype) for x in carry.entries)
 
-    def left(self, march: Any, entries: State) -> Array:
+    def ended(self, march: Any, problem: Problem, entries: State, end: Array) -> State:
+        """The tables of rows that ended at some time, a column (NaN where they did not)."""
+        return entries
+
+    def spoils(self, rows: Any, entries: State, bars: State) -> Array:
+        """Rows with cotangents of what is not there: those without an entry. What lies behind the entries is no number, and
+        cotangents of it mean nothing.
+        """
+        touched = [~rows.all(jnp.all(b == 0, axis=0)) for b in bars]
+        return rows.all(jnp.isnan(entries[0][0])) & reduce(jnp.logical_or, touched)
+
+    def left(self, march: Any, problem: Problem, entries: State) -> Array:
         """How many entries each row has, given the tables, whose first vector has one component."""
         return march.rows.spread(jnp.sum(march.rows.as_column(~jnp.isnan(entries[0])), axis=0, dtype=jnp.int32))
 
@@ -131,7 +149,7 @@ class Steps(Table):
     def entry(self, march: Any, t: Array, h: Array, end: Array, s: State, s1: State, ks: list[State]) -> State:
         return (march.rows.as_vector(end), *march.method.read(s1))
 
-    def result(self, entries: State, layout: Layout, unflatten: Callable) -> StepsTaken:
+    def result(self, entries: State, reached: Array, unflatten: Callable) -> StepsTaken:
         ts, *ys = entries
         ts = ts[:, 0]
         return StepsTaken(ts, unflatten(tuple(ys), ts.shape), jnp.sum(~jnp.isnan(ts), dtype=jnp.int32))

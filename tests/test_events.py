@@ -1,0 +1,209 @@
+"""Where functions of the state cross zero, and what they are at given times: right in value and in every derivative."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jode
+
+FINE = jode.Adaptive(jode.tsit5, 1e-12, 1e-12)
+SOLVERS = {
+    "tsit5": FINE,
+    "dopri8": jode.Adaptive(jode.dopri8, 1e-12, 1e-12),
+    "fixed": jode.Fixed(jode.dopri8, 60),
+}
+
+
+def fall(t, y, g):
+    return jnp.stack([y[1], -g])
+
+
+def below(t, y, g):
+    return y[0]
+
+
+GROUND = jode.Event(below, direction=-1)
+
+
+def landing(g, h, v, solver=FINE, adjoint=jode.Backprop(), ts=(0.0, 0.3, 3.0)):
+    return jode.solve(fall, jnp.stack([h, v]), ts, g, solver=solver, adjoint=adjoint, observe=GROUND)
+
+
+def time_of_landing(g, h, v):
+    return (v + jnp.sqrt(v * v + 2 * g * h)) / g
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("adjoint", [jode.Backprop(None), jode.Backprop(4), jode.MemoryFree()], ids=repr)
+def test_a_ball_lands_when_and_as_it_should(solver, adjoint):
+    x = (9.81, 1.0, 2.0)
+    sol = jode.check(landing(*x, solver, adjoint))
+    assert sol.status == jode.Status.event
+    assert sol.observed.count == 1
+    exact = time_of_landing(*x)
+    np.testing.assert_allclose(sol.observed.t, exact, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(sol.observed.y, [0.0, -jnp.sqrt(4 + 2 * 9.81)], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(sol.reached, exact, rtol=0, atol=1e-10)
+    np.testing.assert_array_equal(np.isnan(sol.ys[:, 0]), [False, False, True])
+    for pick, want in ((lambda c: c.t, time_of_landing), (lambda c: c.y[1], lambda g, h, v: -jnp.sqrt(v * v + 2 * g * h))):
+        got = jax.grad(lambda *x: pick(landing(*x, solver, adjoint).observed), (0, 1, 2))(*x)
+        np.testing.assert_allclose(got, jax.grad(want, (0, 1, 2))(*x), rtol=0, atol=1e-8)
+        forward = jax.jacfwd(lambda *x: pick(landing(*x, solver, adjoint).observed), (0, 1, 2))(*x)
+        np.testing.assert_allclose(got, forward, rtol=1e-9, atol=1e-9)
+
+
+def test_second_derivatives_of_a_time():
+    x = (9.81, 1.0, 2.0)
+    got = jax.jacfwd(jax.grad(lambda *x: landing(*x).observed.t, (0, 1, 2)), (0, 1, 2))(*x)
+    want = jax.hessian(time_of_landing, (0, 1, 2))(*x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-8), got, want)
+
+
+def test_ten_bounces_by_the_users_scan():
+    e, g = 0.8, 9.81
+
+    def bounce(carry, _):
+        t, v = carry
+        hit = jode.solve(fall, jnp.stack([jnp.zeros(()), v]), (0.0, 3.0), g, solver=FINE, observe=GROUND).observed
+        return (t + hit.t, -e * hit.y[1]), t + hit.t
+
+    _, times = jax.lax.scan(bounce, (jnp.zeros(()), jnp.float64(5.0)), None, length=10)
+    exact = np.cumsum(2 * 5.0 * e ** np.arange(10) / g)
+    np.testing.assert_allclose(times, exact, rtol=0, atol=1e-10)
+
+
+def test_rows_stop_at_times_of_their_own_or_never_and_losses_may_mask_them():
+    decay = lambda t, y, k: -k * y
+    k, level = jnp.array([0.2, 1.0, 3.0, 0.01]), jode.Event(lambda t, y, k: y - 0.5)
+
+    def times(k):
+        return jax.vmap(lambda k: jode.solve(decay, 1.0, (0.0, 5.0), k, solver=FINE, observe=level))(k)
+
+    sol = times(k)
+    np.testing.assert_array_equal(sol.observed.count, [1, 1, 1, 0])
+    np.testing.assert_array_equal(sol.status, [jode.Status.event] * 3 + [jode.Status.success])
+    np.testing.assert_allclose(sol.observed.t, [*(np.log(2) / k[:3]), np.nan], rtol=0, atol=1e-10)
+    assert np.isfinite(sol.ys[3]).all()
+    assert np.isnan(sol.observed.y[3])
+
+    def loss(k):
+        hit = times(k).observed
+        return jnp.sum(jnp.where(hit.count > 0, jnp.where(hit.count > 0, hit.t, 0.0), 0.0))
+
+    np.testing.assert_allclose(jax.grad(loss)(k), [*(-np.log(2) / k[:3] ** 2), 0.0], rtol=1e-8, atol=1e-9)
+    shared = jax.grad(lambda s: loss(s * k))(1.0)
+    np.testing.assert_allclose(shared, -np.sum(np.log(2) / k[:3]), rtol=1e-8)
+
+
+def test_crossings_that_end_nothing_are_kept_up_to_a_number():
+    oscillator = lambda t, y, w: jnp.stack([y[1], -w * w * y[0]])
+    rising, all_ = (jode.Event(lambda t, y, w: y[0], d, terminate=False, most=6) for d in (1, 0))
+    solver = jode.Adaptive(jode.tsit5, 1e-12, 1e-12)
+
+    def seen(w):
+        sol = jode.solve(oscillator, jnp.array([1.0, 0.0]), (0.0, 10.0), w, solver=solver, observe={"rising": rising, "all": all_})
+        assert sol.ys.shape == (2, 2)
+        return sol.observed
+
+    out = seen(1.0)
+    np.testing.assert_allclose(out["rising"].t[:2], [1.5 * np.pi, np.nan], atol=1e-9)
+    assert out["rising"].count == 1
+    np.testing.assert_allclose(out["all"].t, [0.5 * np.pi, 1.5 * np.pi, 2.5 * np.pi, np.nan, np.nan, np.nan], atol=1e-9)
+    np.testing.assert_allclose(out["all"].y[:3, 1], [-1, 1, -1], atol=1e-9)
+    np.testing.assert_allclose(jax.jacrev(lambda w: seen(w)["all"].t[:3])(1.0), -np.array([0.5, 1.5, 2.5]) * np.pi, rtol=1e-8)
+
+
+def test_events_backwards_in_time_and_after_a_jump():
+    grow = lambda t, y, k: k * y
+    level = jode.Event(lambda t, y, k: y - 0.5)
+    hit = jode.solve(grow, 1.0, (0.0, -5.0), 0.7, solver=FINE, observe=level).observed
+    np.testing.assert_allclose(hit.t, -np.log(2) / 0.7, atol=1e-10)
+
+    def after(dose, when):
+        decay = lambda t, y, k: -y
+        sol = jode.solve(
+            decay, 1.0, (0.0, 5.0), solver=FINE, observe=level, jumps=(when[None], lambda t, y, a, x: y + x, dose[None])
+        )
+        return sol.observed.t
+
+    dose, when = jnp.float64(1.0), jnp.float64(0.2)
+    exact = lambda dose, when: when + jnp.log(2 * (jnp.exp(-when) + dose))
+    np.testing.assert_allclose(after(dose, when), exact(dose, when), atol=1e-10)
+    np.testing.assert_allclose(jax.grad(after, (0, 1))(dose, when), jax.grad(exact, (0, 1))(dose, when), atol=1e-9)
+
+
+def test_what_is_no_event():
+    f = lambda t, y, a: jnp.ones(())
+    at_start = jode.solve(f, 0.0, (0.0, 1.0), observe=jode.Event(lambda t, y, a: y))
+    assert (int(at_start.observed.count), int(at_start.status)) == (0, 0)
+    wrong_way = jode.solve(f, -0.5, (0.0, 1.0), observe=jode.Event(lambda t, y, a: y, direction=-1))
+    assert int(wrong_way.observed.count) == 0
+
+
+def test_the_first_of_two_events_ends_the_row_and_equal_ones_both_do():
+    f = lambda t, y, a: jnp.ones(2)
+    event = lambda level, i: jode.Event(lambda t, y, a: y[i] - level)
+    both = jode.solve(f, jnp.zeros(2), (0.0, 4.0), solver=FINE, observe=[event(1.0, 0), event(1.0, 1), event(1.5, 0)])
+    np.testing.assert_allclose([e.t for e in both.observed], [1.0, 1.0, np.nan], atol=1e-12)
+    np.testing.assert_array_equal([e.count for e in both.observed], [1, 1, 0])
+    np.testing.assert_allclose(both.reached, 1.0, atol=1e-12)
+
+
+def test_a_time_at_which_g_only_touches_zero_has_no_gradient():
+    f = lambda t, y, a: a
+    cube = jode.Event(lambda t, y, a: (y - 1) ** 3)
+    time = lambda a: jode.solve(f, 0.0, (0.0, 3.0), a, solver=jode.Fixed(jode.rk4, 7), observe=cube).observed.t
+    np.testing.assert_allclose(time(1.0), 1.0, atol=1e-4)
+    assert np.isnan(jax.grad(time)(1.0))
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_a_function_at_times_of_its_own(solver):
+    A = jnp.array([[-0.3, 1.2], [-1.0, -0.1]])
+    f = lambda t, y, k: k * (A @ y)
+    y0 = jnp.array([1.0, 0.5])
+    g = lambda t, y, k: {"energy": k * jnp.sum(y * y), "first": y[:1] * t}
+    at = jnp.array([2.5, 0.0, 4.0, 0.7, -1.0, 4.5])
+
+    def seen(k, y0, at, adjoint=jode.Backprop()):
+        return jode.solve(f, y0, (0.0, 4.0), k, solver=solver, adjoint=adjoint, observe=jode.At(at, g)).observed
+
+    def exact(k, y0, at):
+        return jax.vmap(lambda t: g(t, jax.scipy.linalg.expm(k * t * A) @ y0, k))(at)
+
+    out, want = seen(1.1, y0, at), exact(1.1, y0, at)
+    for name in out:
+        np.testing.assert_allclose(out[name][:4], want[name][:4], rtol=0, atol=1e-8)
+        assert np.isnan(out[name][4:]).all()
+    total = lambda out: jnp.sum(out["energy"][:4] ** 2) + jnp.sum(out["first"][:4])
+    want = jax.grad(lambda *x: total(exact(*x)), (0, 1, 2))(1.1, y0, at)
+    for adjoint in (jode.Backprop(), jode.Backprop(3), jode.MemoryFree()):
+        got = jax.grad(lambda *x, a=adjoint: total(seen(*x, a)), (0, 1, 2))(1.1, y0, at)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=3e-7), got, want)
+    forward = jax.jacfwd(lambda *x: total(seen(*x)), (0, 1, 2))(1.1, y0, at)
+    exact_grad = jax.grad(lambda *x: total(seen(*x)), (0, 1, 2))(1.1, y0, at)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), exact_grad, forward)
+    rows = jax.vmap(lambda k, at: seen(k, y0, at)["energy"], (0, 0))(jnp.array([0.9, 1.1]), jnp.stack([at[::-1], at]))
+    np.testing.assert_allclose(rows[1][:4], out["energy"][:4], rtol=1e-11)
+
+
+def test_wrong_use_is_refused_in_words():
+    f = lambda t, y, args: -y
+    solve = lambda observe, **kw: jode.solve(f, 1.0, (0.0, 1.0), observe=observe, **kw)
+    with pytest.raises(TypeError, match="g must be a function"):
+        jode.Event(3.0)
+    with pytest.raises(ValueError, match="direction must be"):
+        jode.Event(f, direction=2)
+    with pytest.raises(ValueError, match="most must be"):
+        jode.Event(f, most=0)
+    with pytest.raises(TypeError, match="one real number"):
+        solve(jode.Event(lambda t, y, args: jnp.stack([y, y])))
+    with pytest.raises(TypeError, match="floating"):
+        solve(jode.At([0.5], lambda t, y, args: y > 0))
+    with pytest.raises(ValueError, match="Layers"):
+        jode.solve(lambda t, y, w: -w * y, 1.0, (0.0, 1.0), jnp.ones(3), solver=jode.Layers(jode.euler), observe=jode.Event(f))
+    with pytest.raises(TypeError, match="must be an observer"):
+        solve(f)
+    with pytest.raises(ValueError, match="observers see steps"):
+        solve(jode.Event(f), adjoint=jode.Backsolve())
