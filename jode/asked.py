@@ -36,7 +36,9 @@ class Asked:
         leaves, treedef = jax.tree.flatten(observe, is_leaf=lambda x: isinstance(x, kinds))
         for o in leaves:
             if not isinstance(o, kinds):
-                raise TypeError(f"observe must be an observer such as jode.Steps() or a pytree of them, got {type(o).__name__}")
+                raise TypeError(
+                    f"observe must be a jode.Observer, jode.Steps() or the like, or a pytree of them, got {type(o).__name__}"
+                )
             if isinstance(o, (At, Event)) and layered:
                 raise ValueError(f"{type(o).__name__} looks between steps, and Layers has no state there: use Fixed or Adaptive")
         folds = tuple(isinstance(o, Observer) for o in leaves)

@@ -110,7 +110,7 @@ class EventTable(Table):
         taken = (h != 0) & ~carry.over & (True if seen.accept is None else seen.accept)
         crossed = taken & ((up & (self.direction >= 0)) | (down & (self.direction <= 0)))
         step = (t, h, seen.s, march.method.refined(window, seen.s, seen.slopes), window.params)
-        along = lambda theta, step=jax.lax.stop_gradient(step): self._along(march, *step, theta)
+        along = lambda theta, step=jax.lax.stop_gradient(step): self._along(march, step, theta)
         theta = _root(march.runner, along, g0, g1, crossed)
         there = lambda step: self._crossing(march, step, theta, crossed)
         nowhere = lambda step: tuple(jnp.zeros_like(x[0]) for x in carry.entries)
@@ -119,15 +119,16 @@ class EventTable(Table):
         entries = tuple(rows.write(table, index, x) for table, x in zip(carry.entries, values, strict=True))
         return Looked(carry.count + crossed.astype(jnp.int32), entries, carry.over | (crossed & self.terminate))
 
-    def _along(self, march: Any, t: Any, h: Any, s: Any, ks: Any, params: Any, theta: Array) -> Array:
-        """g on the interpolant, a fraction theta into the step."""
+    def _along(self, march: Any, step: tuple, theta: Array) -> Array:
+        """g on the interpolant, a fraction theta into the step: (t, h, s, slopes, params)."""
+        t, h, s, ks, params = step
         y = increment(march.method.base(theta, s), h, march.method.dense_weights(theta), ks)
         return self.value(march, t + theta * h, y, params)
 
     def _crossing(self, march: Any, step: tuple, theta: Array, wanted: Array) -> State:
         """Time and state of the crossing at theta, which moves so that g stays zero."""
         t, h, s, ks, _ = step
-        along = lambda theta: self._along(march, *step, theta)
+        along = lambda theta: self._along(march, step, theta)
         theta, one = jax.lax.stop_gradient(theta), jnp.ones_like(theta)
         flat = jnp.finfo(theta.dtype).eps ** 0.5 * (jnp.abs(along(0 * one)) + jnp.abs(along(one)))
         for _ in range(3):  # Newton's steps: each makes one more order of derivatives exact
