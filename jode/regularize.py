@@ -21,8 +21,11 @@ from jax.experimental.jet import jet
 from jax.flatten_util import ravel_pytree
 
 from jode.control import Fixed
+from jode.observe import Effort
 from jode.tree import real_dtype
 from jode.validity import local_errors
+
+__all__ = ["Effort", "derivatives", "initial", "integrate", "jacobian", "kinetic", "solver_effort", "steer", "taylor"]
 
 Rate = Callable[[Array, Any, Any], Array]
 
@@ -161,7 +164,7 @@ def solver_effort(f: Callable, y0: Any, span: tuple[Any, Any], args: Any = None,
 
     Pal, Ma, Shah & Rackauckas 2021 (ERNODE) penalise Σₙ Eₙ hₙ with the embedded estimates of an adaptive solver; with equal
     steps h that is this sum times h. Here Eₙ is `jode.validity.local_errors`, one step against two halves, which any method
-    has.
+    has. `Effort` observes the estimates of the solve itself, with `Adaptive` too.
 
     Args:
         f: the vector field f(t, y, args).

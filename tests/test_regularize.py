@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jode
-from jode.regularize import derivatives, initial, integrate, jacobian, kinetic, solver_effort, steer, taylor
+from jode.regularize import Effort, derivatives, initial, integrate, jacobian, kinetic, solver_effort, steer, taylor
 
 FINE = jode.Adaptive(jode.dopri8, 1e-10, 1e-10)
 A = jnp.array([[-0.3, 1.1, 0.0], [-0.9, 0.2, 0.4], [0.1, 0.0, -0.5]])
@@ -133,3 +133,28 @@ def test_solver_effort_has_a_gradient_also_where_steps_are_exact():
     assert slope(1.0) > 0
     with pytest.raises(TypeError, match=r"jode\.Fixed"):
         solver_effort(linear, Y0, (0.0, 1.0), A, solver=FINE)
+
+
+@pytest.mark.parametrize("solver", [jode.Adaptive(jode.tsit5, 1e-6, 1e-6), jode.Fixed(jode.heun, 20)], ids=["adaptive", "fixed"])
+def test_effort_is_the_sum_of_the_solves_own_estimates(solver):
+    f = lambda t, y, a: jnp.tanh(a @ y) + jnp.cos(t)
+    seen = lambda a: jode.solve(f, Y0, (0.0, 1.0), a, solver=solver, observe={"effort": Effort(), "steps": jode.Steps()}).observed
+    out, method = seen(A), solver.method
+    n = int(out["steps"].count)
+    ts = jnp.concatenate([jnp.zeros(1), out["steps"].ts[:n]])
+    ys = jnp.concatenate([Y0[None], out["steps"].ys[:n]])
+    total = 0.0
+    for t, h, y, y1 in zip(ts[:-1], jnp.diff(ts), ys[:-1], ys[1:], strict=True):
+        ks = []
+        for c, row in zip(method.tableau.c, method.tableau.a, strict=True):
+            ks.append(f(t + c * h, y + h * sum((w * k for w, k in zip(row, ks, strict=False)), jnp.zeros_like(y)), A))
+        ks.append(f(t + h, y1, A))
+        error = h * sum(w * k for w, k in zip(method.error[0], ks, strict=False))
+        total += h * np.sqrt(np.mean(error**2))
+    np.testing.assert_allclose(out["effort"], total, rtol=1e-8)
+    effort = lambda a: seen(a)["effort"]
+    np.testing.assert_allclose(jax.grad(effort)(A), jax.jacfwd(effort)(A), rtol=1e-9, atol=1e-16)
+    rows = jax.vmap(effort)(jnp.stack([A, 2 * A]))
+    np.testing.assert_allclose(rows[0], out["effort"], rtol=1e-8)
+    with pytest.raises(ValueError, match="estimates its error"):
+        jode.solve(f, Y0, (0.0, 1.0), A, solver=jode.Fixed(jode.rk4, 3), observe=Effort())

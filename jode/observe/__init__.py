@@ -3,6 +3,7 @@
 from jode.observe.at import At
 from jode.observe.base import Bars, Seen, Watch
 from jode.observe.dense import Dense, Interpolation
+from jode.observe.effort import Effort
 from jode.observe.event import Crossings, Event
 from jode.observe.fold import Observed, Observer, observing
 from jode.observe.record import Record, Recorded
@@ -14,6 +15,7 @@ __all__ = [
     "Bars",
     "Crossings",
     "Dense",
+    "Effort",
     "Event",
     "Interpolated",
     "Interpolation",
