@@ -100,7 +100,10 @@ def _rows(batch: Batch | None) -> int:
 def failed(march: March, outcome: Outcome) -> Array:
     """Rows that failed, as a column: an observer that ended a row, or had no room, is no failure of the march."""
     status = march.rows.column(outcome.status)
-    return (status != int(Status.success)) & (status != int(Status.event)) & (status != int(Status.capacity))
+    lost = status != int(Status.success)
+    if march.plan.watches:
+        lost = lost & (status != int(Status.event)) & (status != int(Status.capacity))
+    return lost
 
 
 def contained(

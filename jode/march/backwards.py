@@ -22,7 +22,9 @@ from jode.window import Params
 
 def failed_at_start(march: March, grid: Grid, good: Array, failed: Array) -> Array:
     """Rows whose later states are never looked at: they failed before their first step, or before their first save time."""
-    return failed & (~good[1] if march.solver.lands else grid.accepted == 0)
+    if march.solver.lands:
+        return failed & ~good[1] if march.may_end else ~good[1]
+    return failed & (grid.accepted == 0)
 
 
 def pull(
@@ -35,7 +37,8 @@ def pull(
     window = solver.limited(march, problem, grid, i, march.window(problem, t, h, i if solver.lands else None))
     sbar, left, slopes_bar = c.s, c.left, None
     s = _sound(march, problem, grid, good[q] if solver.lands else None, g, t, s, start)
-    s1, K, pull = march.method.pullback(window, s, march.needs_slopes, march.rolled)
+    K, pull = march.method.pullback(window, s, march.needs_slopes, march.rolled)
+    s1 = march.method.step(window, s).state if solver.marked or march.plan.watches else ()
     if solver.marked:
         c = _pull_reset(march, problem, solver.node(march, problem, grid, i), march.still(problem, window, s, s1), c)
         sbar = c.s
@@ -52,7 +55,8 @@ def pull(
         next_, bars = w.pull(march, problem, left_to, seen, K, bar, values, bars)
         nexts.append(next_)
     if march.watches:
-        sbar, slopes_bar = add(sbar, bars.end), bars.slopes if K is not None else None
+        slopes_bar = bars.slopes if K is not None else None
+        sbar = add(sbar, bars.end) if march.plan.watches else sbar
     size = march.plan.degree + 1
     before = [jax.lax.dynamic_slice_in_dim(x, i, size, 0) for x in c.layers]
     sbar_step, (tbar, hbar, shared, after) = pull(sbar, slopes_bar, (jnp.zeros_like(t), jnp.zeros_like(h), bars.shared, before))

@@ -82,7 +82,8 @@ class Loop:
             due = {i: self.watches[i].due(march, problem, c.observed[i], c) for i in waiting}
 
             def stop(c: Carry) -> Array:
-                ended = ~running(c.control) | (jnp.any(c.control.waits) if marked else False)
+                ended = ~running(c.control)
+                ended = ended | jnp.any(c.control.waits) if marked else ended
                 return reduce(jnp.logical_or, (d(c.control) for d in due.values()), ended)
 
             c = c._replace(observed=tuple(() if i in held else m for i, m in enumerate(c.observed)))
@@ -240,10 +241,15 @@ class March:
 
     def end(self, problem: Problem, observed: tuple) -> Any:
         """The time at which an observer ended each row, a column, NaN where none did; None if there is none that may."""
-        sign = direction(self.save_times(problem))
-        tables = zip(self.plan.watches, observed, strict=True)
-        first = [sign * self.rows.number(x[0][0]) for w, x in tables if w.ends]
-        return sign * reduce(jnp.fmin, first) if first else None
+        if not self.may_end:
+            return None
+        sign, tables = direction(self.save_times(problem)), zip(self.plan.watches, observed, strict=True)
+        return sign * reduce(jnp.fmin, [sign * self.rows.number(x[0][0]) for w, x in tables if w.ends])
+
+    @property
+    def may_end(self) -> bool:
+        """Whether an observer may end a row."""
+        return any(w.ends for w in self.plan.watches)
 
     def _ended(self, problem: Problem, outcome: Outcome) -> Outcome:
         """The outcome of rows that an observer ended: they know nothing of what is later."""
@@ -284,7 +290,8 @@ class March:
             nfe = nfe + tried * (method.trials - method.evaluations)
         if any(w.refines for w in self.plan.watches):
             nfe = nfe + accepted * method.extra
-        nfe = nfe + (solver.nfe_start if solver.estimates else method.starts) + solver.resets(self, problem, c.control)
+        nfe = nfe + (solver.nfe_start if solver.estimates else method.starts)
+        nfe = nfe + solver.resets(self, problem, c.control) if solver.marked else nfe
         backward = accepted * self.pullback_nfe
         kept = c.observed[len(self.saves) :]
         watched = list(zip(self.plan.watches, kept, strict=False))
@@ -350,7 +357,7 @@ class March:
             bound = self.solver.bound(self, problem)
             saved = take(ys, (i + 1) // bound)
             known = (i + 1) % bound == 0
-            if any(w.ends for w in self.watches):  # rows that ended went on, but nothing was saved
+            if self.may_end:  # rows that ended went on, but nothing was saved
                 known = known & self.rows.finite(saved)
             s1 = where(known, saved, s1)
         elif kept.resets:

@@ -93,8 +93,8 @@ class Method:
         """Evaluations that `pullback` takes, each differentiated too."""
         return self.trials + self.extra if dense else self.evaluations
 
-    def pullback(self, window: Window, s: State, dense: bool, rolled: bool) -> tuple[State, State | None, Callable]:
-        """The next state, the slopes K, stacked (with `dense`), and the map from cotangents of both to those of s and the window.
+    def pullback(self, window: Window, s: State, dense: bool, rolled: bool) -> tuple[State | None, Callable]:
+        """The slopes K, stacked (with `dense`), and the map from cotangents of the next state and K to those of s and the window.
 
         The map takes (s̄, k̄, total), total like `window.moving`, and returns the cotangent of s, and the total with that of the
         window added. `rolled` asks for stages in a loop, where a method knows how.
@@ -107,13 +107,13 @@ class Method:
             step = self.estimated(inside, s, self.step(inside, s))
             return step.state, stack(self.refined(inside, s, step.slopes))
 
-        (s1, K), back = jax.vjp(forward, s, window.moving)
+        (_, K), back = jax.vjp(forward, s, window.moving)
 
         def pull(sbar: State, kbar: State | None, total: tuple) -> tuple[State, tuple]:
             bar, moved = back((sbar, kbar))
             return bar, add(total, moved)
 
-        return s1, K, pull
+        return K, pull
 
 
 def _horner(coefficients: tuple[float, ...], theta: Array) -> Array:

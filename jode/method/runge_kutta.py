@@ -80,7 +80,7 @@ class RungeKutta(Method):
     def pullback_nfe(self, dense: bool) -> int:
         return len(self.tableau.nodes) if dense else self.tableau.stages
 
-    def pullback(self, window: Window, s: State, dense: bool, rolled: bool) -> tuple[State, State | None, Callable]:
+    def pullback(self, window: Window, s: State, dense: bool, rolled: bool) -> tuple[State | None, Callable]:
         """As for every method; `rolled` makes one loop of the stages in reverse, and evaluates each again there.
 
         With x_i = y + h Σ_j a_ij k_j for the stages, x for the next state, whose row of a is b, and x̄ = s̄, the reverse stages are
@@ -116,7 +116,7 @@ class RungeKutta(Method):
             _, pull_back = jax.vjp(lambda h: stack([increment(s, h, row, ks) for row in rows]), h)
             return reduce(add, unstack(xbar, upto + 1)), (tbar, hbar + pull_back(xbar)[0], *moved)
 
-        return increment(s, h, self.tableau.b, ks[: self.tableau.stages]), K if dense else None, pull
+        return K if dense else None, pull
 
 
 euler = RungeKutta(tb.EULER)

@@ -118,8 +118,9 @@ class Interpolated(Watch):
             bars = bars._replace(h=bars.h + hbar, t=bars.t + abar, s=add(bars.s, sbar), slopes=slopes, ts=tsbar)
             return j, pending(j), bars
 
-        j, _, bars = march.runner.until(lambda carry: ~jnp.any(carry[1]), one, (j, pending(j), bars))
-        return j, bars
+        moving = bars._replace(end=(), shared=[])  # the loop carries nothing that it leaves as it is
+        j, _, moved = march.runner.until(lambda carry: ~jnp.any(carry[1]), one, (j, pending(j), moving))
+        return j, moved._replace(end=bars.end, shared=bars.shared)
 
 
 def at_start(ts: Array) -> Array:
