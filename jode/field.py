@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from jode.tree import Layout, State, is_inexact, merge, partition
+from jode.tuning import PRODUCT, PRODUCTS
 from jode.window import Params
 
 
 class Closed(NamedTuple):
     """Functions of (t, packed state, params): the slope; the state with what observers keep; the state after jump k, a fourth
-    argument; what other observers look by. And the effects of f.
+    argument; what other observers look by. And the effects of f, and how many equations it has: see `length`.
     """
 
     field: Callable
@@ -25,6 +26,7 @@ class Closed(NamedTuple):
     jump: Callable | None
     looks: tuple
     effects: Any
+    equations: int
 
 
 def close(
@@ -61,7 +63,7 @@ def close(
         return places
 
     def traced(g: Callable, *numbers: Any) -> tuple[Callable, Any, Any]:
-        """A function of (t, packed state, params, *numbers) that returns leaves; what g returns; its effects."""
+        """A function of (t, packed state, params, *numbers) that returns leaves; what g returns; what was traced."""
 
         def flat(t: Array, y: list, given: list, *numbers: Array) -> Any:
             return g(t, jax.tree.unflatten(layout.treedef, y), merge(given, static), *numbers)
@@ -79,9 +81,9 @@ def close(
             at = lambda places: [params[b][i] for b, i in places]
             return jax.core.eval_jaxpr(jaxpr, at(consts), t, *layout.unpack(state), *at(places), *numbers)
 
-        return evaluate, out, jaxpr.effects
+        return evaluate, out, jaxpr
 
-    evaluate, out, effects = traced(f)
+    evaluate, out, jaxpr = traced(f)
     _check_slope(out[0] if observing else out, y0, layout, time)
     evaluate_jump, out, _ = traced(jump, jax.ShapeDtypeStruct((), jnp.int32)) if jump else (None, None, None)
     if jump:
@@ -107,8 +109,15 @@ def close(
 
     outs = [x and Layout.of(x[1]) for x in looked]
     functions = tuple(x and look(x[0], Layout.of(x[1])) for x in looked)
-    closed = Closed(field, kept if observing else None, jumped if jump else None, functions, effects)
+    closed = Closed(field, kept if observing else None, jumped if jump else None, functions, jaxpr.effects, length(jaxpr))
     return closed, Params(*buckets), outs
+
+
+def length(jaxpr: Any) -> int:
+    """How many equations a traced function has, those of the functions it calls among them; a product counts -PRODUCT."""
+    inner = [x for e in jaxpr.eqns for x in jax.tree.leaves(list(e.params.values())) if hasattr(x, "eqns")]
+    products = sum(e.primitive.name in PRODUCTS for e in jaxpr.eqns)
+    return len(jaxpr.eqns) - (1 + PRODUCT) * products + sum(map(length, inner))
 
 
 def jump_of(g: Callable, observing: bool, tabled: bool) -> Callable:

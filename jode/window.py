@@ -39,7 +39,8 @@ class Window:
 
     field: f(t, y, params) for these rows. params: those of this step, layers at its nodes. rows: where the rows lie.
     kept: what observers keep at (t, y, params), for a state that carries it. limit: the latest time that f may be asked for (a
-    column): where f jumps, f at that time is what it jumps to.
+    column): where f jumps, f at that time is what it jumps to. long: whether the field's program is so long that a step should hold
+    it once, its stages in a loop.
     """
 
     field: Callable
@@ -50,6 +51,7 @@ class Window:
     swapped: bool = False
     kept: Callable | None = None
     limit: Any = None
+    long: bool = False
 
     def __call__(self, c: Any, y: State) -> State:
         h = self.h

@@ -17,7 +17,7 @@ from jode.control.base import Grid, Solver, Status, concrete
 from jode.control.tolerance import Norm, absolute_tolerance, checked_number, scaled_norm
 from jode.method import Method, Step, tsit5
 from jode.runner import Compiled, Runner
-from jode.tree import State, increment, nan_unless, real_dtype, zeros_like
+from jode.tree import State, increment, nan_unless, real_dtype, where, zeros_like
 from jode.window import Problem, Window
 
 _static: Any = partial(field, metadata={"static": True})
@@ -125,6 +125,25 @@ class Adaptive(Solver):
 
     def most_steps(self, intervals: int, steps: int | None) -> int:
         return self.max_steps
+
+    def started(self, march: Any, problem: Problem) -> tuple[State, Problem]:
+        """A long field is evaluated twice in one place: for the slope, and for the width of the first step."""
+        if not march.long or self.marked or "first_step" in problem.numbers:
+            return march.slope(problem), problem
+        ts, t0, y0 = march.save_times(problem), march.rows.spread(problem.ts[0]), problem.y0
+        sign, span = direction(ts), jnp.abs(ts[-1] - t0)
+        norm = partial(scaled_norm, self.norm, march.rows, march.method.measured, problem.numbers)
+
+        def evaluate(i: Array, carry: tuple) -> tuple:
+            t, y, slope, _ = carry
+            k = march.F(t, y, problem.params)
+            slope = where(i == 0, k, slope)
+            guess, *_ = _guess(norm, t0, span, y0, slope)
+            return t0 + sign * guess, increment(y0, sign * guess, (1.0,), [slope]), slope, k
+
+        _, _, slope, ahead = jax.lax.fori_loop(0, 2, evaluate, (t0, y0, y0, y0))
+        width = _first_step(march.method.embedded_order or 0, lambda t, y: ahead, norm, t0, sign, span, y0, slope, None)
+        return slope, problem._replace(numbers={**problem.numbers, "first_step": width})
 
     def init(self, march: Any, problem: Problem, s: State, slope: State | None) -> Progress:
         assert slope is not None
@@ -291,10 +310,7 @@ def _first_step(
     """
     if given is not None:
         return jnp.abs(given).astype(t0.dtype) + norm(_guard(zeros_like(y0), y0, slope), y0, y0).astype(t0.dtype)
-    d0, d1 = norm(y0, y0, y0), norm(_guard(slope, y0, slope), y0, y0)
-    guess = jnp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / jnp.where(d1 == 0, 1, d1))
-    floor = float(jnp.finfo(t0.dtype).tiny) ** 0.5  # slopes so large that their norm overflows still get a first step
-    guess = jnp.minimum(jnp.maximum(guess.astype(t0.dtype), floor), span)
+    guess, d1, floor = _guess(norm, t0, span, y0, slope)
     ahead = F(t0 + sign * guess, increment(y0, sign * guess, (1.0,), [slope]))
     bend = tuple(a - b for a, b in zip(ahead, slope, strict=True))
     d2 = norm(bend, y0, y0) / jnp.where(guess == 0, 1, guess).astype(d1.dtype)
@@ -304,3 +320,11 @@ def _first_step(
     bold = jnp.where(worst <= 1e-15, jnp.maximum(1e-6, 1e-3 * guess.astype(worst.dtype)), bold)
     bold = jnp.where(jnp.isfinite(bold), bold, guess.astype(bold.dtype)).astype(t0.dtype)
     return nan_unless(~jnp.isnan(d1), jnp.maximum(jnp.minimum(100 * guess, bold), floor))
+
+
+def _guess(norm: Callable, t0: Array, span: Array, y0: State, slope: State) -> tuple[Array, Array, float]:
+    """The width of an Euler step that looks harmless; the size of the slope, and the least width."""
+    d0, d1 = norm(y0, y0, y0), norm(_guard(slope, y0, slope), y0, y0)
+    guess = jnp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / jnp.where(d1 == 0, 1, d1))
+    floor = float(jnp.finfo(t0.dtype).tiny) ** 0.5  # slopes so large that their norm overflows still get a first step
+    return jnp.minimum(jnp.maximum(guess.astype(t0.dtype), floor), span), d1, floor

@@ -124,6 +124,10 @@ class Solver:
         """A static bound on the number of steps; zero where none is known."""
         return 0
 
+    def started(self, march: Any, problem: Problem) -> tuple[State, Problem]:
+        """The slope at the initial time, and the problem for `init`, to whose numbers a control may add what it learned there."""
+        return march.slope(problem), problem
+
     def init(self, march: Any, problem: Problem, s: State, slope: State | None) -> Any:
         """The control's own carry at the start, given the method's state and the slope there."""
         raise NotImplementedError

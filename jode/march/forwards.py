@@ -21,7 +21,7 @@ from jode.observe.record import chapter_start, node_of
 from jode.rows import Rows
 from jode.runner import Runner
 from jode.tree import State, nan_unless, stack_zeros, take, where
-from jode.tuning import FEW_LEFT, GROUP, grouped, rolled, stops_at_saves
+from jode.tuning import FEW_LEFT, GROUP, grouped, long, rolled, stops_at_saves
 from jode.turns import in_groups
 from jode.window import Window, at_fraction, at_nodes, just_before
 
@@ -134,7 +134,7 @@ class March:
     def window(self, problem: Problem, t: Array, h: Array, i: Any) -> Window:
         """The step of width h from t, the i-th of all."""
         params = at_nodes(problem.params, i, self.plan.degree) if i is not None else problem.params
-        return Window(self.F, self.rows, t, h, params, kept=self.kept)
+        return Window(self.F, self.rows, t, h, params, kept=self.kept, long=self.long)
 
     def save_times(self, problem: Problem) -> Array:
         """The save times, which come first among the given ones."""
@@ -154,9 +154,9 @@ class March:
 
     def march(self, problem: Problem, watches: Sequence[Watch]) -> tuple[Carry, Any, State | None]:
         """The last carry of the loop, what was saved between intervals, and the slope at the start."""
-        slope = self.slope(problem) if self.solver.estimates else None
+        slope, told = self.solver.started(self, problem) if self.solver.estimates else (None, problem)
         s = self.initial(problem) if slope is None else self.method.start(problem.y0, lambda: slope)
-        control = self.solver.init(self, problem, s, slope)
+        control = self.solver.init(self, told, s, slope)
         c = Carry(s, self.method.reused(slope) if slope is not None else (), control, (), ())
         c = c._replace(observed=tuple(w.init(self, problem, c) for w in watches))
         loop = Loop(self, problem, tuple(watches))
@@ -366,6 +366,11 @@ class March:
             s1 = where(j >= 0, tuple(self.rows.pick_state(x, at) for x in kept.resets), s1)
         window = self._window(problem, grid, i)
         return self.still(problem, window, s1, self.method.inverse(window, s1))
+
+    @property
+    def long(self) -> bool:
+        """Whether the field's program is long; one with effects has them once a stage, wherever it stands."""
+        return not self.plan.closed.effects and long(self.plan.closed.equations, self.plan.layout.size)
 
     @property
     def rolled(self) -> bool:

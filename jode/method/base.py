@@ -77,6 +77,11 @@ class Method:
         """The slopes K and those that only the interpolant needs."""
         return K
 
+    def whole(self, window: Window, s: State) -> tuple[State, list[State]]:
+        """The state after a step, and all its slopes."""
+        step = self.estimated(window, s, self.step(window, s))
+        return step.state, self.refined(window, s, step.slopes)
+
     def base(self, theta: Array, s: State) -> State:
         """The state to which the interpolant adds h Σ b_i(θ) k_i."""
         return self.read(s)
@@ -104,8 +109,8 @@ class Method:
             inside = window.at(moving)
             if not dense:
                 return self.step(inside, s).state, None
-            step = self.estimated(inside, s, self.step(inside, s))
-            return step.state, stack(self.refined(inside, s, step.slopes))
+            state, slopes = self.whole(inside, s)
+            return state, stack(slopes)
 
         (_, K), back = jax.vjp(forward, s, window.moving)
 

@@ -27,6 +27,7 @@ from jode.tree import (
     take,
     unstack,
 )
+from jode.tuning import kept
 from jode.window import Window
 
 
@@ -52,13 +53,34 @@ class RungeKutta(Method):
         """The first `upto` slopes (by default the stages k_1 … k_s), of which the first few may be `known`."""
         ks = list(known)
         upto = self.tableau.stages if upto is None else upto
+        if window.long and upto > len(ks) + 1:
+            return unstack(self._looped(window, y, ks, upto), upto)
         for c, row in list(zip(self.tableau.nodes, self.tableau.rows, strict=True))[len(ks) : upto]:
             ks.append(window(c, increment(y, window.h, row, ks)))
         return ks
 
+    def _looped(self, window: Window, y: State, known: list[State], upto: int) -> State:
+        """The slopes stacked, from a loop over the stages that are not known."""
+        h, K = window.h, stack_zeros(upto, y)
+        rows, nodes = jnp.asarray(self._padded(upto), h.dtype), jnp.asarray(self.tableau.nodes[:upto], h.dtype)
+        for i, k in enumerate(known):
+            K = put(K, i, k)
+        slope = jax.checkpoint(lambda c, y, moving: window.at(moving)(c, y), prevent_cse=False, policy=kept)
+
+        def stage(i: Array, K: State) -> State:
+            return put(K, i, slope(nodes[i], increment_stacked(y, h, rows[i], K), window.moving))
+
+        return jax.lax.fori_loop(len(known), upto, stage, K)
+
+    def _padded(self, upto: int) -> np.ndarray:
+        """The first rows of the tableau, filled up with zeros."""
+        return np.array([(*row, *[0.0] * (upto - len(row))) for row in self.tableau.rows[:upto]])
+
     def step(self, window: Window, s: State, slope: Any = ()) -> Step:
-        ks = self.slopes(window, s, [slope] if slope else [])
-        return Step(increment(s, window.h, self.tableau.b, ks), ks)
+        """A slope is known where errors are estimated. In a loop the slope at the end is then one stage more."""
+        stages = self.tableau.stages
+        ks = self.slopes(window, s, [slope] if slope else [], stages + 1 if slope and window.long else stages)
+        return Step(increment(s, window.h, self.tableau.b, ks[:stages]), ks)
 
     def inverse(self, window: Window, s1: State) -> State:
         """The same step with its ends swapped: Sander, Ablin & Peyré 2022.
@@ -72,10 +94,18 @@ class RungeKutta(Method):
 
     def estimated(self, window: Window, s: State, step: Step) -> Step:
         """The slope at the end is the last one, and the first of the next step."""
+        if len(step.slopes) > self.tableau.stages:
+            return step
         return step._replace(slopes=[*step.slopes, window(1.0, step.state)])
 
     def refined(self, window: Window, s: State, K: list[State]) -> list[State]:
         return self.slopes(window, s, K, len(self.tableau.nodes))
+
+    def whole(self, window: Window, s: State) -> tuple[State, list[State]]:
+        if not window.long:
+            return super().whole(window, s)
+        ks = self.slopes(window, s, upto=len(self.tableau.nodes))
+        return increment(s, window.h, self.tableau.b, ks[: self.tableau.stages]), ks
 
     def pullback_nfe(self, dense: bool) -> int:
         return len(self.tableau.nodes) if dense else self.tableau.stages
