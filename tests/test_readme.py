@@ -53,6 +53,7 @@ CLAIMS = {
         and bool(s["found"].integral > 0)
         and s["shots"].gaps.shape == (5, 2)
     ),
+    "docs/events.md": lambda s, out: "5.0" in out and abs(s["landing"](5.0).t - 10 / 9.81) < 1e-4 and int(s["sol"].status) == 0,
     "docs/extend.md": lambda s, _: int(s["sol"].stats.steps) < 300 and abs(s["largest"](1.0) - 2.94) < 0.1,
     "docs/reference/methods.md": lambda s, _: s["kutta3"].order == 3,
 }
