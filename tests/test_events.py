@@ -207,3 +207,33 @@ def test_wrong_use_is_refused_in_words():
         solve(f)
     with pytest.raises(ValueError, match="observers see steps"):
         solve(jode.Event(f), adjoint=jode.Backsolve())
+
+
+def test_rows_that_end_in_one_chapter_of_a_grid_stay_there_when_it_is_found_again():
+    """Rows end early and late, f is not finite soon after, and the grid is longer than what is recorded at once."""
+    f = lambda t, y, k: k * jnp.sqrt(1 - y) * jnp.ones(())
+    k = jnp.linspace(0.02, 1.5, 24)
+    level = jode.Event(lambda t, y, k: y - 0.99)
+    solver = jode.Adaptive(jode.bosh3, 1e-10, 1e-10, max_step=0.05)
+
+    def solved(k):
+        return jode.solve(f, 0.0, (0.0, 100.0), k, solver=solver, observe=level)
+
+    sol = jax.vmap(solved)(k)
+    assert int(sol.stats.steps.max()) > 600
+    assert int(sol.stats.steps.min()) < 200
+    exact = lambda k: 2 * (1 - 0.1) / k
+    np.testing.assert_allclose(sol.observed.t, exact(k), rtol=1e-6)  # 500 steps of 1e-10, over a slope of 0.1
+    total = lambda k: jnp.sum(jax.vmap(lambda k: solved(k).observed.t)(k))
+    got, forward = jax.grad(total)(k), jax.jvp(total, (k,), (k,))[1]
+    np.testing.assert_allclose(got, -exact(k) / k, rtol=1e-4)
+    np.testing.assert_allclose(got @ k, forward, rtol=1e-10)
+
+
+def test_events_of_many_rows_that_finish_in_groups():
+    decay = lambda t, y, k: -k * y
+    level = jode.Event(lambda t, y, k: y - 0.5)
+    k = jnp.linspace(0.1, 4.0, 4200)
+    solver = jode.Adaptive(jode.bosh3, 1e-8, 1e-8)
+    hit = jax.vmap(lambda k: jode.solve(decay, 1.0, (0.0, 20.0), k, solver=solver, observe=level).observed.t)
+    np.testing.assert_allclose(hit(k), np.log(2) / k, rtol=1e-5)

@@ -189,8 +189,10 @@ def chapter(march: March, problem: Problem, kept: Kept, by: Record, tables: Reco
     (s, slope, control), (_, _, next_) = take(kept.chapters, k), take(kept.chapters, k + 1)
     end, last = (k + 1) * by.slots, k == (kept.grid.loops - 1) // by.slots
     tables = tables._replace(slots=jnp.where(last, tables.slots, 0))
-    loop = Loop(march, problem, (replace(by, chapters=0),))
-    c = Carry(s, slope, control._replace(loops=jnp.where(last, end, k * by.slots)), (tables,), ())
+    ends = tuple(w for w in march.plan.watches if w.ends)  # rows end where they did
+    loop = Loop(march, problem, (replace(by, chapters=0), *ends))
+    c = Carry(s, slope, control._replace(loops=jnp.where(last, end, k * by.slots)), (), ())
+    c = c._replace(observed=(tables, *(w.init(march, problem, c) for w in ends)))
     step = lambda c: loop.attempt(None, march.solver.serve(march, problem, c))
     c = march.runner.until(lambda c: c.control.loops >= end, step, c)
     found, at = c.observed[0], c.control
