@@ -18,6 +18,7 @@ NAMES = (
     "fixed_step",
     "work_precision",
     "save_times",
+    "dosing",
     "batch_scaling",
     "steps_scaling",
     "compile_time",

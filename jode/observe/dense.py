@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jode.observe.table import Table
-from jode.tree import State, add, combine, real_dtype
+from jode.tree import State, combine, nan_unless, real_dtype, work_dtype
 
 
 @jax.tree_util.register_dataclass
@@ -36,20 +37,31 @@ class Interpolation:
         t = jnp.asarray(t, self.starts.dtype)
         if t.ndim:
             return jax.vmap(self)(t)
-        starts, widths = self.starts, self.widths
-        sign = jnp.sign(widths[0])
-        i = jnp.maximum(jnp.sum(sign * (t - starts) > 0) - 1, 0)
-        theta = (t - starts[i]) / widths[i]
-        inside = (theta >= 0) & (sign * (t - self.until) <= 0)
-        theta = jnp.where(inside, theta, jnp.nan)
+        sign = jnp.sign(self.widths[0])
+        i = jnp.maximum(jnp.sum(sign * (t - self.starts) > 0) - 1, 0)
+        start, width, tables = self.starts[i], self.widths[i], tuple(table[i] for table in self.coefficients)
+        inside = (sign * (t - start) >= 0) & (sign * (t - self.until) <= 0)
+        inside = reduce(jnp.logical_and, [jnp.all(jnp.isfinite(c)) for c in tables], inside)
+        theta = (t - jnp.where(inside, start, 0)) / jnp.where(inside, width, 1)
         out = []
-        for table in self.coefficients:
-            x = theta.astype(real_dtype(table.dtype))
-            total = table[i, -1].astype(jnp.result_type(x, table.dtype))
-            for k in range(table.shape[1] - 2, -1, -1):
-                total = total * x + table[i, k]
-            out.append(total.astype(table.dtype))
+        for c, table in zip(tables, self.coefficients, strict=True):
+            dtype = work_dtype(c.dtype)
+            x, known = theta.astype(dtype), jnp.where(inside, c, 0).astype(dtype)
+            total = known[-1]
+            for k in range(c.shape[0] - 2, -1, -1):
+                total = total * x + known[k]
+            first = jnp.where(inside, 0, table[0, 0] + table[0, 1]).astype(dtype)
+            out.append(_nan_and_its_cotangent_unless(inside, total + first).astype(table.dtype))
         return self.unflatten(tuple(out), ())
+
+
+def _nan_and_its_cotangent_unless(mask: Array, x: Array) -> Array:
+    """x where the mask holds, else NaN: with a cotangent that is NaN too, but zero where that of the result is (a loss that masks
+    NaNs has the gradient of the rest).
+    """
+    one, most = jnp.ones((), x.dtype), jnp.asarray(jnp.finfo(x.dtype).max, x.dtype)
+    zero, huge = jnp.where(mask, one, 0), jnp.where(mask, one, most)
+    return x * zero * huge * huge + nan_unless(mask, jnp.zeros((), real_dtype(x.dtype))).astype(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -78,8 +90,9 @@ class Dense(Table):
         powers = [first]
         for k in range(self.degree):
             c = combine(h, [row[k] if k < len(row) else 0.0 for row in method.dense], ks)
-            drift = tuple(b - a for a, b in zip(first, last, strict=True))
-            powers.append(tuple(x.astype(y.dtype) for x, y in zip(add(c, drift) if k == 0 else c, first, strict=True)))
+            if k == 0:  # the base may move along the step too
+                c = tuple(x + (b - a).astype(x.dtype) for x, a, b in zip(c, first, last, strict=True))
+            powers.append(tuple(x.astype(y.dtype) for x, y in zip(c, first, strict=True)))
         stacked = tuple(rows.joined(xs) for xs in zip(*powers, strict=True))
         return (rows.as_vector(t), rows.as_vector(h), *stacked)
 
