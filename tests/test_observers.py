@@ -367,12 +367,10 @@ def test_wrong_use_is_refused_in_words():
     assert traced.observed.count == 4
 
 
-@pytest.mark.xfail(
-    strict=True, reason="equal steps are judged by save times: where a row fails, those after its last good one are replaced"
-)
-def test_what_equal_steps_keep_shortly_before_a_failure_has_a_gradient():
-    """y' = y²: y(0.5) = 2 y0 / (2 - y0), in an interval that ends in failure."""
-    one = lambda y: jode.solve(
-        lambda t, y, a: y**2, y, (0.0, 2.0), solver=jode.Fixed(jode.rk4, 100), observe=jode.Dense()
-    ).observed(0.5)
-    np.testing.assert_allclose(jax.grad(one)(1.0), 4.0, rtol=1e-4)
+def test_where_equal_steps_fail_the_whole_interval_is_unknown():
+    """They are judged by save times, as `Solution.reached` says: y' = y², y(0) = 1, ends at t = 1."""
+    f = lambda t, y, a: y**2
+    at = lambda y: jode.solve(f, y, (0.0, 0.2, 2.0), solver=jode.Fixed(jode.rk4, 100), observe=jode.Dense()).observed
+    np.testing.assert_array_equal(np.isnan(at(1.0)(jnp.array([0.1, 0.2, 0.5]))), [False, False, True])
+    np.testing.assert_allclose(jax.grad(lambda y: at(y)(0.1))(1.0), 1 / 0.9**2, rtol=1e-6)
+    assert np.isnan(jax.grad(lambda y: at(y)(0.5))(1.0))
