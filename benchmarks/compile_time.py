@@ -1,6 +1,7 @@
 """Small programs: how long do users wait for tracing, compiling and importing?
 
 A plain loop is the limit: the same method and step control written by hand, with no save times, statuses or gradients of its own.
+The last programs are training steps of ODE-Net (Chen et al. 2018, 64 channels, images of 28 x 28, batches of 32), a long vector field.
 
 python -m benchmarks.compile_time
 """
@@ -10,18 +11,21 @@ import sys
 import time
 from functools import partial
 
-from benchmarks.measure import report  # first: it prepares diffrax's environment
+from benchmarks.measure import race, report  # first: it prepares diffrax's environment
 
 import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental.ode import odeint
 
 import jode
 from benchmarks.adaptive_gradient import PROBLEMS
 from benchmarks.fixed_step import by_hand, tuned
 from benchmarks.plain import attempt, start
+from benchmarks.training import step_of
+from jode.models.image import Classifier, vector_field
 
 TOL = 1e-6
 
@@ -36,12 +40,13 @@ def main(quick=False):
             base = times["diffrax, tuned"][0] + times["diffrax, tuned"][1]
             for peer, (trace, build, lines) in times.items():
                 ratio = f"{(trace + build) / base:.2f}"
-                rows.append([kind, what, peer, f"{trace:.2f}", f"{build:.2f}", ratio, lines])
+                rows.append([kind, what, peer, f"{trace:.2f}", f"{build:.2f}", ratio, lines, "–"])
+    rows += training(quick)
     jax_alone = importing("jax", quick)
     for package in ("jax", "jode", "equinox", "diffrax"):
         seconds = importing(f"jax, {package}", quick) if package != "jax" else jax_alone
-        rows.append(["import", "over import jax", package, f"{seconds - jax_alone:.2f}", "–", "–", "–"])
-    columns = ["program", "what", "solver", "trace and lower s", "compile s", "sum / diffrax tuned", "StableHLO lines"]
+        rows.append(["import", "over import jax", package, f"{seconds - jax_alone:.2f}", "–", "–", "–", "–"])
+    columns = ["program", "what", "solver", "trace and lower s", "compile s", "sum / diffrax tuned", "StableHLO lines", "ms a call"]
     report("compile_time", "Cold starts, Lotka-Volterra, float32, batches of 1,000", columns, rows, quick)
 
 
@@ -54,17 +59,83 @@ def program(solve, what):
 
 def wait(f, y0, args, quick):
     """Medians of seconds to trace and lower, and to compile, from a cold start; and the size of the program."""
-    traces, builds, lines = [], [], 0
-    for _ in range(1 if quick else 5):
-        jax.clear_caches()
-        began = time.perf_counter()
-        lowered = jax.jit(lambda a, y: f(a, y)).lower(args, y0)
-        middle = time.perf_counter()
-        lowered.compile()
-        traces.append(middle - began)
-        builds.append(time.perf_counter() - middle)
-        lines = len(lowered.as_text().splitlines())
-    return float(np.median(traces)), float(np.median(builds)), lines
+    starts = [cold(lambda a, y: f(a, y), args, y0)[:3] for _ in range(1 if quick else 5)]
+    traces, builds, lines = zip(*starts, strict=True)
+    return float(np.median(traces)), float(np.median(builds)), lines[0]
+
+
+def cold(f, *x):
+    """Seconds to trace and lower, and to compile; the size of the program, and the program."""
+    jax.clear_caches()
+    began = time.perf_counter()
+    lowered = jax.jit(lambda *x: f(*x)).lower(*x)
+    middle = time.perf_counter()
+    program = lowered.compile()
+    return middle - began, time.perf_counter() - middle, len(lowered.as_text().splitlines()), program
+
+
+def training(quick):
+    """Training steps of ODE-Net: the peers compile in turns, and their programs run in turns."""
+    batch, width = (4, 8) if quick else (32, 64)
+    model = Classifier((28, 28, 1), width, key=jax.random.key(0))
+    x = model, step_of(None)[1](model), jax.random.uniform(jax.random.key(1), (batch, 28, 28, 1)), jnp.arange(batch) % 10
+    rows = []
+    for kind, peers in odenet().items():
+        steps = {peer: training_step(solve) for peer, solve in peers.items()}
+        starts, programs = {peer: [] for peer in steps}, {}
+        for _ in range(1 if quick else 3):
+            for peer, step in steps.items():
+                *seconds, programs[peer] = cold(step, *x)
+                starts[peer].append(seconds)
+        found = {peer: np.median(s, axis=0) for peer, s in starts.items()}
+        times = race(programs, *x, repeats=3 if quick else 7, seconds=1.0 if quick else 10.0)
+        for peer, (trace, build, lines) in found.items():
+            ratio = f"{(trace + build) / sum(found['diffrax, tuned'][:2]):.2f}"
+            row = ["training step", kind, peer, f"{trace:.2f}", f"{build:.2f}", ratio, int(lines), f"{times[peer] * 1e3:.1f}"]
+            rows.append(row)
+    return rows
+
+
+def training_step(solve):
+    """Of a network whose images are solves of their own."""
+
+    def one(model, image, label):
+        x = solve(model.features(image), model.block)
+        return optax.softmax_cross_entropy_with_integer_labels(model.logits(x), label)
+
+    return step_of(lambda model, *data: jnp.mean(jax.vmap(partial(one, model))(*data)))[0]
+
+
+def odenet(tol=1e-3):
+    """Functions (x, block) -> x(1): ODE-Net's, Dopri5 at 1e-3, and two equal steps of it."""
+
+    def with_diffrax(x, w, solver=diffrax.Dopri5(), **options):
+        if "stepsize_controller" not in options:
+            options["stepsize_controller"] = diffrax.PIDController(rtol=tol, atol=tol)
+        return diffrax.diffeqsolve(diffrax.ODETerm(vector_field), solver, 0.0, 1.0, y0=x, args=w, **options).ys[-1]
+
+    def with_jode(x, w, solver):
+        return jode.odeint(vector_field, x, (0.0, 1.0), w, solver=solver)[-1]
+
+    own = {"dt0": 0.1, "throw": False, "max_steps": 64, "adjoint": diffrax.RecursiveCheckpointAdjoint(checkpoints=64)}
+    fixed = {"dt0": 0.5, "stepsize_controller": diffrax.ConstantStepSize()}
+    few = {"throw": False, "max_steps": 2, "adjoint": diffrax.RecursiveCheckpointAdjoint(checkpoints=2)}
+    return {
+        "ODE-Net": {
+            "jode": partial(with_jode, solver=jode.Adaptive(jode.dopri5, tol, tol)),
+            "jode, first step, max_steps": partial(
+                with_jode, solver=jode.Adaptive(jode.dopri5, tol, tol, max_steps=64, first_step=0.1)
+            ),
+            "diffrax, default": partial(with_diffrax, dt0=None),
+            "diffrax, tuned": partial(with_diffrax, **own),
+            "diffrax, tuned, stages bounded": partial(with_diffrax, solver=diffrax.Dopri5(scan_kind="bounded"), **own),
+        },
+        "ODE-Net, two steps": {
+            "jode": partial(with_jode, solver=jode.Fixed(jode.dopri5, 2)),
+            "diffrax, default": partial(with_diffrax, **fixed),
+            "diffrax, tuned": partial(with_diffrax, **fixed, **few),
+        },
+    }
 
 
 def importing(modules, quick):

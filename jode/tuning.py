@@ -60,6 +60,7 @@ def long(equations: int, state: int) -> bool:
     again. A training step of ODE-Net (163 equations, 4 of them products; processor time) compiles in 7.7 s, not 16.9, and runs in
     0.81 of the time; ten elementwise layers in 3.0 s, not 8.7, and 0.2 of the time. With 8 to 47 equations it compiles no sooner
     and runs in 0.4 to 1.6 of the time; with 20 products and 80 others too, in 1.4: so each product takes PRODUCT equations away.
+    Not measured elsewhere, where programs are compiled as often.
     """
     return equations >= LONG and state > SMALL
 
