@@ -1,8 +1,8 @@
 """Twelve doses for each of 1,000 patients, with schedules and rates of their own: what do resets of the state cost?
 
-Two compartments, dy/dt = M(p) y; a dose adds to the first. diffrax cannot reset a state within a solve. It gets the scan of thirteen
-solves from dose to dose, and one solve of the amount that is not yet lost, u = y - (doses so far, 0), whose field jumps (`jump_ts`):
-there the times of doses have no gradient. Errors are against the matrix exponential in float64.
+Two compartments, dy/dt = M(p) y; a dose adds to the first. diffrax cannot reset a state within a solve. It gets the scan of twelve
+solves from dose to dose, and one solve of u = y - (doses so far, 0), whose field jumps (`jump_ts`): there the gradient by the times of
+doses is wrong. Errors are against the matrix exponential in float64.
 
 python -m benchmarks.dosing
 """
