@@ -237,3 +237,40 @@ def test_events_of_many_rows_that_finish_in_groups():
     solver = jode.Adaptive(jode.bosh3, 1e-8, 1e-8)
     hit = jax.vmap(lambda k: jode.solve(decay, 1.0, (0.0, 20.0), k, solver=solver, observe=level).observed.t)
     np.testing.assert_allclose(hit(k), np.log(2) / k, rtol=1e-5)
+
+
+def test_what_lies_between_the_last_state_saved_and_a_failure_is_not_known():
+    """y' = a y² blows up at 1: with steps known beforehand the states after ts[1] are lost, and so is what was seen of them."""
+    solver, level = jode.Fixed(jode.rk4, 40), jode.Event(lambda t, y, a: y - 3, terminate=False, most=2)
+    observe = {"steps": jode.Steps(), "cross": level, "at": jode.At([0.3, 0.8], lambda t, y, a: y)}
+
+    def seen(y0, ts=(0.0, 0.5, 2.0)):
+        return jode.solve(lambda t, y, a: a * y**2, y0, ts, 1.0, solver=solver, observe=observe)
+
+    sol = seen(1.0)
+    assert sol.status == jode.Status.nonfinite_state
+    out = sol.observed
+    assert int(out["steps"].count) == 40
+    assert int(out["cross"].count) == 0
+    np.testing.assert_array_equal(np.isnan(out["at"]), [False, True])
+    slope = jax.grad(lambda y0: seen(y0).observed["at"][1])(1.0)
+    assert np.isnan(slope)
+    np.testing.assert_allclose(jax.grad(lambda y0: seen(y0).observed["steps"].ys[39])(1.0), 4.0, rtol=1e-4)
+    good = jax.vmap(lambda y0: seen(y0, (0.0, 0.4)).observed["cross"].count)(jnp.array([1.0, 2.0]))
+    np.testing.assert_array_equal(good, [0, 1])
+
+
+@pytest.mark.parametrize("solver", [FINE, SOLVERS["fixed"]], ids=["adaptive", "fixed"])
+def test_steps_and_polynomials_of_a_row_that_an_event_ended(solver):
+    """The step that passed the event has no entry among the steps; cotangents of the others find theirs."""
+
+    def seen(h, ts=(0.0, 3.0)):
+        sol = jode.solve(fall, jnp.stack([h, 2.0]), ts, 9.81, solver=solver, observe=[GROUND, jode.Steps(), jode.Dense()])
+        hit, steps, p = sol.observed
+        ys = jnp.where(jnp.isnan(steps.ts)[:, None], 0.0, steps.ys)
+        return jnp.sum(ys**2) + jnp.sum(p(jnp.array([0.1, 0.4])) ** 2), (hit, steps, p)
+
+    (_, (hit, steps, p)), slope = jax.value_and_grad(seen, has_aux=True)(1.0)
+    assert np.nanmax(steps.ts) <= hit.t
+    assert np.isnan(p(hit.t + 0.01)).all()
+    np.testing.assert_allclose(slope, jax.jacfwd(lambda h: seen(h)[0])(1.0), rtol=1e-11)

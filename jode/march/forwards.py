@@ -252,8 +252,13 @@ class March:
         return any(w.ends for w in self.plan.watches)
 
     def _ended(self, problem: Problem, outcome: Outcome) -> Outcome:
-        """The outcome of rows that an observer ended: they know nothing of what is later."""
-        end, rows = self.end(problem, outcome.observed), self.rows
+        """The outcome of rows that failed between save times or that an observer ended: they know nothing of what is later."""
+        rows = self.rows
+        if self.solver.lands and self.plan.watches:  # of a row that failed nothing is known after the last state saved
+            known = jnp.where(outcome.status == int(Status.nonfinite_state), outcome.reached, jnp.nan)
+            seen = zip(self.plan.watches, outcome.observed, strict=True)
+            outcome = outcome._replace(observed=tuple(w.ended(self, problem, x, rows.spread(known)) for w, x in seen))
+        end = self.end(problem, outcome.observed)
         if end is None:
             return outcome
         sign = direction(self.save_times(problem))

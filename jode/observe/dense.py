@@ -80,6 +80,9 @@ class Dense(Table):
     def sized(self, most: int, method: Any) -> Dense:
         return replace(super().sized(most, method), degree=max(map(len, method.dense)))
 
+    def leads_with(self, window: Any) -> Array:
+        return window.t
+
     def shapes(self, plan: Any) -> tuple:
         one = jax.ShapeDtypeStruct((1,), plan.time)
         return (one, one, *(jax.ShapeDtypeStruct(((self.degree + 1) * x.shape[0],), x.dtype) for x in plan.layout.packed))

@@ -68,5 +68,8 @@ class Effort(Table):
         moved = dict(zip(("h", "s", "end", "slopes"), back(bar), strict=True))
         return left, bars._replace(**{name: add(getattr(bars, name), x) for name, x in moved.items()})
 
+    def ended(self, march: Any, problem: Any, entries: State, end: Array) -> State:
+        return entries
+
     def result(self, entries: State, reached: Array, unflatten: Callable) -> Array:
         return entries[0][0, 0]

@@ -159,11 +159,6 @@ class EventTable(Table):
 
         return left - mask.astype(jnp.int32), jax.lax.cond(jnp.any(mask), there, lambda bars: bars, bars)
 
-    def ended(self, march: Any, problem: Problem, entries: State, end: Array) -> State:
-        sign, rows = direction(march.save_times(problem)), march.rows
-        late = jax.vmap(lambda t: sign * (rows.number(t) - end) > 0)(entries[0])
-        return tuple(jnp.where(rows.over_time(late), jnp.nan, x).astype(x.dtype) for x in entries)
-
     def result(self, entries: State, reached: Array, unflatten: Callable) -> Crossings:
         t, *y = entries
         count = jnp.sum(~jnp.isnan(t[:, 0]), dtype=jnp.int32)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jode.control.adaptive import direction
 from jode.observe.base import Bars, Seen, Watch
 from jode.tree import Layout, State, add, stack_full, unstack
 from jode.window import Problem
@@ -85,6 +86,10 @@ class Table(Watch):
         entries = tuple(rows.write(table, index, x) for table, x in zip(carry.entries, values, strict=True))
         return Filled(carry.count + taken.astype(jnp.int32), entries)
 
+    def leads_with(self, window: Any) -> Array:
+        """The time that the entry of a step leads with: its end."""
+        return window.t + window.h
+
     def overflowed(self, carry: Filled) -> Array:
         """Rows with more steps than entries."""
         return carry.count > (self.capacity or 0)
@@ -94,8 +99,10 @@ class Table(Watch):
         return tuple(jnp.where(self.overflowed(carry), jnp.nan, x[:-1]).astype(x.dtype) for x in carry.entries)
 
     def ended(self, march: Any, problem: Problem, entries: State, end: Array) -> State:
-        """The tables of rows that ended at some time, a column (NaN where they did not)."""
-        return entries
+        """The tables of rows that ended at some time, a column (NaN where they did not). Entries lead with their time."""
+        sign, rows = direction(march.save_times(problem)), march.rows
+        late = jax.vmap(lambda t: sign * (rows.number(t) - end) > 0)(entries[0])
+        return tuple(jnp.where(rows.over_time(late), jnp.nan, x).astype(x.dtype) for x in entries)
 
     def spoils(self, rows: Any, entries: State, bars: State) -> Array:
         """Rows with cotangents of what is not there: those without an entry. What lies behind the entries is no number, and
@@ -111,10 +118,12 @@ class Table(Watch):
     def pull(
         self, march: Any, problem: Problem, left: Array, seen: Seen, K: State, g: State, values: State, bars: Bars
     ) -> tuple[Array, Bars]:
-        """The transpose: cotangents g of the entries, for the step before the `left` last ones that were not pulled."""
+        """The transpose: cotangents g of the entries, of which the first `left` were not pulled."""
         rows, window = march.rows, seen.window
-        mask = (window.h != 0) & (left > 0)
         at = jnp.maximum(left - 1, 0)
+        # The last steps may have no entry: those after an end, or a failure. An entry is that of the step whose time it leads with.
+        ahead = (rows.number(rows.pick_state(values[0], at)) - self.leads_with(window)) * jnp.sign(window.h)
+        mask = (window.h != 0) & (left > 0) & (2 * ahead > -jnp.abs(window.h))
         bar = tuple(jnp.where(mask, rows.pick_state(x, at), 0).astype(x.dtype) for x in g)
         ks = unstack(K, K[0].shape[0]) if self.refines else []
         entry = lambda t, h, s, s1, ks: self.entry(march, t, h, t + h, s, s1, ks)
