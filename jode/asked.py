@@ -58,7 +58,7 @@ class Asked:
 
     def initial(self, t: Array, y: Any, args: Any) -> Any:
         """The state with what is marched beside it."""
-        return (y, jax.tree.map(jnp.asarray, [o.init(t, y, args) for o in self.beside])) if self.beside else y
+        return y, jax.tree.map(jnp.asarray, [o.init(t, y, args) for o in self.beside])
 
     def seen_with(self, jumping: bool) -> list:
         """The functions of the state and args that f has inside: with what is beside the state, and with the data of jumps."""

@@ -325,9 +325,10 @@ def _check_stops(solver: Solver, adjoint: Adjoint) -> None:
 def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, checked: bool) -> Solution:
     f, args, solver, asked, looks, stops, jumps = merge(dynamic, static)
     y, ts, beside = y0, jnp.asarray(ts), bool(asked.beside)
-    leaves, treedef = jax.tree.flatten(args)
-    first = jax.tree.unflatten(treedef, [x[0] if m else x for x, m in zip(leaves, solver.leading(args), strict=True)])
-    y0 = asked.initial(ts[0], y, first)
+    if beside:
+        leaves, treedef = jax.tree.flatten(args)
+        first = jax.tree.unflatten(treedef, [x[0] if m else x for x, m in zip(leaves, solver.leading(args), strict=True)])
+        y0 = asked.initial(ts[0], y, first)
     layout = Layout.of(y0)
     given, valid, packed = ts, None, layout.pack(jax.tree.leaves(y0))
     if not checked:  # an invalid trajectory starts from NaN and goes nowhere, like any other that fails at its start
