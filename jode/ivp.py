@@ -81,7 +81,8 @@ def solve(
         solver: `Fixed`, `Adaptive` or `Layers`; under `Layers` arrays in args lead with depth, but for those that `depth_axes`
             says, and f gets one slice per step.
         adjoint: how gradients are computed, by default exactly (`Backprop`). Forward derivatives are exact whatever it is.
-        observe: an `Observer`, or a pytree of them: what to keep of every step.
+        observe: what to keep or to look for on the way: `Dense`, `Steps`, `At`, `Event`, an `Observer` of your own, or a pytree of
+            them.
         stops: times where f jumps, in any order. Steps end there: the last stage before one sees the time just before it, the first
             stage after it the time itself, for f is taken as continuous from the right (solving backwards in time too: the time
             itself belongs to what is later). Gradients flow to them.
@@ -104,7 +105,7 @@ def solve(
     y0 = _state(y0)
     ts = _times(ts, y0)
     solver = solver.checked(y0).over(ts)
-    asked, looks = Asked.of(observe, lambda x: _stops(x, ts, "the times of At"), solver.layered)
+    asked, looks = Asked.of(observe, partial(_looked_at, ts=ts), solver.layered)
     if asked and not adjoint.sees_steps:
         raise ValueError(
             f"observers see steps, and the gradient of {type(adjoint).__name__} is not that of the steps: use jode.Backprop"
@@ -300,6 +301,14 @@ def _stops(times: Any, ts: Any, name: str = "stops") -> Any:
     if known and np.isnan(out).any():
         raise ValueError(f"{name} must not be NaN, got {out}; infinity stands for a time that never comes")
     return out if out.shape[0] else None
+
+
+def _looked_at(times: Any, ts: Any) -> Any:
+    """Times that an observer looks at."""
+    out = _stops(times, ts, "the times of At")
+    if out is None:
+        raise ValueError(f"At: give at least one time, got ts={times!r}, or leave the observer out")
+    return out
 
 
 def _jumps(jumps: Any, ts: Any) -> Any:

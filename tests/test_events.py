@@ -199,6 +199,9 @@ def test_wrong_use_is_refused_in_words():
         jode.Event(f, most=0)
     with pytest.raises(TypeError, match="one real number"):
         solve(jode.Event(lambda t, y, args: jnp.stack([y, y])))
+    for none in ([], None):
+        with pytest.raises(ValueError, match="at least one time"):
+            solve(jode.At(none, f))
     with pytest.raises(TypeError, match="floating"):
         solve(jode.At([0.5], lambda t, y, args: y > 0))
     with pytest.raises(ValueError, match="Layers"):

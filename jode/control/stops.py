@@ -33,11 +33,8 @@ def stopping(solver: Any, ts: Array, others: Array, stops: Array | None, jumps: 
         return AdaptiveStops(**numbers, marks=marks), jnp.concatenate([ts, others, times]), None
     if type(solver) is not Fixed:
         raise TypeError(f"stops and jumps need jode.Fixed or jode.Adaptive, got {solver!r}")
-    times, marks = (
-        jnp.concatenate([ts, times[:-1]]),
-        marks[:-1],
-    )  # of equal times save times come first: a state is saved before it jumps
-    marks = jnp.concatenate([jnp.full(ts.shape, -1, jnp.int32), marks])
+    times = jnp.concatenate([ts, times[:-1]])  # of equal times save times come first: a state is saved before it jumps
+    marks = jnp.concatenate([jnp.full(ts.shape, -1, jnp.int32), marks[:-1]])
     order = jnp.argsort(jax.lax.stop_gradient(direction(ts) * times), stable=True)
     times, marks, n = times[order], marks[order], marks.shape[0]
     next_ = jax.lax.cummin(jnp.where(marks >= 0, _index(marks), n), reverse=True)
@@ -83,7 +80,7 @@ class FixedStops(Fixed):
 
     @property
     def static(self) -> Fixed:
-        return replace(self, steps=self.steps if isinstance(self.steps, int) else None, marks=None)
+        return replace(super().static, marks=None)
 
     def window(self, march: Any, problem: Problem, place: tuple, carry: tuple) -> Window:
         window = super().window(march, problem, place, carry)

@@ -104,9 +104,7 @@ def _pull_reset(march: March, problem: Problem, j: Array, s1: State, c: Cotangen
     rows, ts, params = march.rows, problem.ts, problem.params
     if march.jump is None and march.method.parts == 1:
         return c
-    at = jnp.maximum(j, 0)
-
-    mark = march.mark(problem, j)
+    at, mark = jnp.maximum(j, 0), march.mark(problem, j)
 
     def reset(t: Array, s: State, shared: list) -> State:
         return march.reset_by(problem._replace(params=params._replace(shared=shared)), mark, t, s)
