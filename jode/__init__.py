@@ -11,6 +11,7 @@ from jode.method import (
     Method,
     Momentum,
     Reversible,
+    Rosenbrock,
     RungeKutta,
     Step,
     bosh3,
@@ -23,11 +24,13 @@ from jode.method import (
     ralston,
     reversible_heun,
     rk4,
+    rodas5p,
+    rosenbrock23,
     tsit5,
 )
 from jode.observe import At, Dense, Event, Observer, Steps
 from jode.runner import Compiled, Eager, Runner
-from jode.tableau import Tableau
+from jode.tableau import RosenbrockTableau, Tableau
 
 if TYPE_CHECKING:
     from jode import audit as audit
@@ -61,6 +64,8 @@ __all__ = [
     "Momentum",
     "Observer",
     "Reversible",
+    "Rosenbrock",
+    "RosenbrockTableau",
     "RungeKutta",
     "Runner",
     "Solution",
@@ -83,6 +88,8 @@ __all__ = [
     "resnet",
     "reversible_heun",
     "rk4",
+    "rodas5p",
+    "rosenbrock23",
     "solve",
     "tsit5",
 ]

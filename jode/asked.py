@@ -62,9 +62,7 @@ class Asked:
 
     def seen_with(self, jumping: bool) -> list:
         """The functions of the state and args that f has inside: with what is beside the state, and with the data of jumps."""
-        beside = bool(self.beside)
-        inside = lambda g: lambda t, y, args: g(t, y[0] if beside else y, args[0] if jumping else args)
-        return [g and inside(g) for g in self.functions]
+        return [g and inside(g, bool(self.beside), jumping) for g in self.functions]
 
     def placed(self, outs: list, first: int, most: int, method: Any) -> tuple:
         """The observers inside, told what their functions return, where their times are (from ts[first] on), and how many steps of
@@ -90,6 +88,11 @@ class Asked:
             inside.append(_as_given(result, next(left)) if isinstance(w, AtTimes) else result)
         seen = iter(inside)
         return jax.tree.unflatten(self.treedef, [next(beside if fold else seen) for fold in self.folds])
+
+
+def inside(g: Callable, beside: bool, jumping: bool) -> Callable:
+    """A function of (t, y, args) as one of the state and args that f has inside."""
+    return lambda t, y, args: g(t, y[0] if beside else y, args[0] if jumping else args)
 
 
 def _as_given(result: Any, order: Array) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from jode.adjoint import Adjoint, Backprop
-from jode.asked import Asked, in_order
+from jode.asked import Asked, in_order, inside
 from jode.control import Adaptive, Solver, Stats, Status
 from jode.control.base import concrete
 from jode.control.stops import stopping
@@ -359,7 +359,8 @@ def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, checked: 
     layers = solver.layers(args, intervals)
     steps = solver.steps_between(intervals, layers)
     f = observing(f, list(asked.beside)) if beside else f
-    closed, params, outs = close(f, ts, y0, args, layout, solver.leading(args), beside, jump, asked.seen_with(bool(jumps)))
+    jac = solver.method.jac and inside(solver.method.jac, beside, bool(jumps))
+    closed, params, outs = close(f, ts, y0, args, layout, solver.leading(args), beside, jump, jac, asked.seen_with(bool(jumps)))
     weights = sum(x.size for x in (*params.shared, *params.layers))
     most = solver.most_steps(intervals, steps)
     method = solver.method.for_steps(most)

@@ -40,7 +40,8 @@ class Window:
     field: f(t, y, params) for these rows. params: those of this step, layers at its nodes. rows: where the rows lie.
     kept: what observers keep at (t, y, params), for a state that carries it. limit: the latest time that f may be asked for (a
     column): where f jumps, f at that time is what it jumps to. long: whether the field's program is so long that a step should hold
-    it once, its stages in a loop.
+    it once, its stages in a loop. alone: f(t, y, params) of one trajectory, and mapped: which of the params differ by row. jac: ∂f/∂y
+    of these rows as (t, y, params), where the user gave it.
     """
 
     field: Callable
@@ -52,15 +53,25 @@ class Window:
     kept: Callable | None = None
     limit: Any = None
     long: bool = False
+    alone: Any = None
+    mapped: Any = None
+    jac: Callable | None = None
 
     def __call__(self, c: Any, y: State) -> State:
+        return self._asked(self.field, c, y)
+
+    def _asked(self, f: Callable, c: Any, y: State) -> Any:
         h = self.h
         if self.swapped:
             c, h = 1 - c, -h
         t = self.t + c * h
         if self.limit is not None:
             t = no_later(t, self.limit)
-        return self.field(t, y, at_fraction(self.params, c))
+        return f(t, y, at_fraction(self.params, c))
+
+    def given_jacobian(self, y: State) -> Array | None:
+        """∂f/∂y at the start of the step, (n, n), with the rows where they lie, as the user gave it; None where none was given."""
+        return self._asked(self.jac, 0.0, y) if self.jac is not None else None
 
     def ends_swapped(self) -> Window:
         """The same step taken from its end to its start: h is negative, and c counts from the end."""
@@ -80,6 +91,36 @@ class Window:
         """The window with another (t, h, shared, layers)."""
         t, h, shared, layers = moving
         return replace(self, t=t, h=h, params=self.params._replace(shared=shared, layers=layers))
+
+    def linearised(self, y: State, along: State, c: float = 0.0) -> tuple[State, State, State]:
+        """F = f(t + c h, y) for a fraction c, its derivative by that fraction, h ∂f/∂t, and ∂F/∂y along some states, stacked.
+
+        Costs one forward derivative of f for each of the states, and one more.
+        """
+        still = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), along)
+        c_ = jnp.asarray(c, self.h.dtype)
+        n = jax.tree.leaves(along)[0].shape[0]
+        moves = jnp.concatenate([jnp.ones(1, c_.dtype), jnp.zeros(n, c_.dtype)])
+        derivative = lambda move, v: jax.jvp(self, (c_, y), (move, v))
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), still, along)
+        slope, moved = jax.vmap(derivative, out_axes=(None, 0))(moves, both)
+        return slope, tuple(x[0] for x in moved), tuple(x[1:] for x in moved)
+
+    def each(self, g: Callable, *xs: Any) -> Any:
+        """g(window, *xs) of every row by itself, stacked; arrays in xs and in what it returns lead with the rows."""
+        rows = self.rows
+        if rows.size is None:
+            return g(self, *xs)
+        numbers = [rows.flat(rows.spread(x)) for x in (self.t, self.h)]
+        limit = None if self.limit is None else rows.flat(rows.spread(self.limit))
+        place = lambda m, lead=0: (rows.axis if rows.axis == -1 else lead) if m else None
+        axes = [[place(m, lead) for m in flags] for flags, lead in zip(self.mapped, (0, 1, 0, 1), strict=True)]
+
+        def one(t: Array, h: Array, limit: Any, params: Params, *xs: Any) -> Any:
+            return g(replace(self, field=self.alone, rows=Rows(), t=t, h=h, params=params, limit=limit), *xs)
+
+        of = jax.vmap(one, (0, 0, None if limit is None else 0, Params(*axes), *(0 for _ in xs)))
+        return of(*numbers, limit, self.params, *xs)
 
     def jacobian(self, c: Any, y: State) -> Array:
         """∂f/∂y a fraction c into the step, (n, n) of the n components of y, with a leading axis for rows where there are any.

@@ -108,7 +108,9 @@ class March:
     F: Callable  # the vector field of all rows, (t, y, params), traced once however many stages ask for it
     kept: Callable | None = None  # what observers keep, of all rows
     jump: Callable | None = None  # the state after jump k, of all rows: (t, y, params, k)
+    jac: Callable | None = None  # the Jacobian that was given, of all rows
     functions: tuple = ()  # what observers look by, of all rows
+    alone: Callable | None = None  # the vector field of one trajectory
     keeps_resets: bool = False  # whether states that are reset are kept, for a way back that cannot take the step again
     few: int = 0  # the loop ends where no more rows than this want another step
 
@@ -117,7 +119,7 @@ class March:
         """For a batch whose operands are (moving, still)."""
         rows = Rows.of(batch, plan.layout.size)
         mapped = problem_of(*batch.mapped) if batch else None
-        return cls(plan, rows, mapped, platform, *_lifted(plan, rows, mapped))
+        return cls(plan, rows, mapped, platform, *_lifted(plan, rows, mapped), alone=plan.closed.field)
 
     @property
     def solver(self) -> Solver:
@@ -134,7 +136,10 @@ class March:
     def window(self, problem: Problem, t: Array, h: Array, i: Any) -> Window:
         """The step of width h from t, the i-th of all."""
         params = at_nodes(problem.params, i, self.plan.degree) if i is not None else problem.params
-        return Window(self.F, self.rows, t, h, params, kept=self.kept, long=self.long)
+        flags = self.mapped and self.mapped.params
+        return Window(
+            self.F, self.rows, t, h, params, kept=self.kept, long=self.long, alone=self.alone, mapped=flags, jac=self.jac
+        )
 
     def save_times(self, problem: Problem) -> Array:
         """The save times, which come first among the given ones."""
@@ -176,8 +181,8 @@ class March:
         leaves, treedef = jax.tree.flatten(problem)
         flags = jax.tree.leaves(self.mapped)
         rows, loops = Rows(GROUP, -1), c.control.loops
-        F, kept, jump, functions = _lifted(self.plan, rows, self.mapped)
-        group = replace(self, rows=rows, F=F, kept=kept, jump=jump, functions=functions)
+        F, kept, jump, jac, functions = _lifted(self.plan, rows, self.mapped)
+        group = replace(self, rows=rows, F=F, kept=kept, jump=jump, jac=jac, functions=functions)
 
         def with_loops(c: Carry, loops: Any) -> Carry:  # rows that still run have made as many attempts
             return c._replace(control=c.control._replace(loops=loops))
@@ -388,7 +393,7 @@ class March:
 
 
 def _lifted(plan: Plan, rows: Rows, mapped: Any) -> tuple:
-    """The vector field, what observers keep, the jumps, and what observers look by, for all rows."""
+    """The vector field, what observers keep, the jumps, the Jacobian, and what observers look by, for all rows."""
     axes, closed = mapped.params if mapped else None, plan.closed
     lift = lambda f: f and jax.jit(rows.lift(f, axes))
-    return lift(closed.field), lift(closed.kept), lift(closed.jump), tuple(map(lift, closed.looks))
+    return lift(closed.field), lift(closed.kept), lift(closed.jump), lift(closed.jac), tuple(map(lift, closed.looks))

@@ -38,6 +38,8 @@ class Method:
     trials: int = 1  # of a step that estimates its error,
     starts: int = 0  # of the start,
     extra: int = 0  # and of the interpolant of a step, besides
+    jacobians: int = 0  # of the vector field, each factorised once, that a step takes
+    jac: Callable | None = None  # ∂f/∂y as the user gave it, a function of (t, y, args)
     parts: int = 1  # copies of the shape of y in s
     growth: float = 1.0  # of a rounding error in s through one inverse step, where that is known
     measured: tuple[int, ...] | None = None  # components of each vector that errors are measured by, the first ones; None: all

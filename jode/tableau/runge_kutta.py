@@ -1,4 +1,4 @@
-"""Butcher tableaus: one literal each, properties derived and checked.
+"""Butcher tableaus of explicit methods: one literal each, properties derived and checked.
 
 A method of s stages is y1 = y0 + h Σ b_i k_i with k_i = f(t0 + c_i h, y0 + h Σ_j a_ij k_j). Only the stages that y1
 needs are listed; the *end slope* f(t1, y1), which is the first stage of the next step, counts as stage s + 1 in `error`

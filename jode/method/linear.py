@@ -1,0 +1,255 @@
+"""The linear systems of an implicit step, (I - w J) x = r for each row, with J = ∂f/∂y at the start of the step.
+
+Solutions are differentiable in every mode: a derivative is one more solve with the factors that are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.scipy.linalg as jsl
+from jax import Array
+
+from jode.rows import Rows
+from jode.tree import State, real_dtype, widest
+from jode.tuning import INVERTED, WRITTEN_OUT
+from jode.window import Window
+
+
+class System(NamedTuple):
+    """At the start of a step: f, its derivative by the fraction of the step, h ∂f/∂t, and solve(r) -> x, whether it was found (a
+    column, or None where x is NaN if not).
+    """
+
+    slope: State
+    bend: State
+    solve: Callable[[State], tuple[State, Array | None]]
+
+
+# --- states as real vectors, with the rows where they lie
+
+
+def joined(rows: Rows, s: State, lead: int = 0) -> Array:
+    """All components of a state as one real vector in its working dtype, behind `lead` more axes."""
+    dtype = widest(*(x.dtype for x in s), default=jnp.float32)
+    parts = [y.astype(dtype) for x in s for y in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=_axis(rows) + lead)
+
+
+def parted(rows: Rows, v: Array, like: State, lead: int = 0) -> State:
+    """The inverse of `joined`, in the dtypes of `like`, which has no more axes."""
+    out, start, axis = [], 0, _axis(rows)
+
+    def piece(n: int, dtype: Any) -> Array:
+        nonlocal start
+        start += n
+        return jax.lax.slice_in_dim(v, start - n, start, axis=axis + lead).astype(dtype)
+
+    for x in like:
+        n, dtype = x.shape[axis], x.dtype
+        if jnp.iscomplexobj(x):
+            dtype = jnp.finfo(dtype).dtype
+            out.append(jax.lax.complex(piece(n, dtype), piece(n, dtype)))
+        else:
+            out.append(piece(n, dtype))
+    return tuple(out)
+
+
+def _axis(rows: Rows) -> int:
+    """The axis of components."""
+    return 1 if rows.size is not None and rows.axis == 0 else 0
+
+
+def along(window: Window, s: State, directions: Array) -> tuple[State, State, Array]:
+    """f, h ∂f/∂t, and ∂f/∂y along some directions, (k, n), the same for all rows: (k, ...) with the rows where they lie."""
+    rows, y = window.rows, joined(window.rows, s)
+    v = directions.astype(y.dtype)
+    v = v if rows.size is None else jnp.expand_dims(v, -1 if rows.axis == -1 else 1)
+    v = jnp.broadcast_to(v, (v.shape[0], *y.shape))
+    slope, bend, moved = window.linearised(s, parted(rows, v, s, lead=1))
+    return slope, bend, joined(rows, moved, lead=1)
+
+
+def implicit(matvec: Callable, apply: Callable) -> Callable:
+    """r -> x of matvec(x) = r, where apply(r) is x, with the derivatives of the system."""
+    back = lambda _, r: jax.linear_transpose(apply, r)(r)[0]
+    return lambda r: jax.lax.custom_linear_solve(matvec, r, lambda _, r: apply(r), back)
+
+
+# --- matrices
+
+
+def dense(window: Window, s: State, gamma: float) -> System:
+    """By a matrix a row, with all its columns; w = γ h. n forward derivatives of f and 2 n³ / 3 products, 2 n² a solve."""
+    rows, y = window.rows, joined(window.rows, s)
+    n = y.shape[_axis(rows)]
+    J = window.given_jacobian(s)
+    if J is None:
+        slope, bend, columns = along(window, s, jnp.eye(n))
+        J = jnp.moveaxis(columns, 0, 1)  # (n, n), or with the rows behind or before them: (n, n, B), (B, n, n)
+        J = jnp.swapaxes(J, 1, 2) if _axis(rows) else J
+    else:
+        slope, bend, _ = along(window, s, jnp.zeros((0, n)))
+        J = J.astype(y.dtype)
+    if n <= WRITTEN_OUT:
+        w = rows.spread(gamma * window.h).astype(y.dtype)
+        W = jnp.eye(n, dtype=y.dtype).reshape(n, n, *[1] * (J.ndim - 2)) - w * J
+        M = inverse(jax.lax.stop_gradient(W))
+        solve = implicit(partial(_times, W), partial(_times, M))
+    else:
+        J = jnp.moveaxis(J, -1, 0) if rows.size is not None and not _axis(rows) else J
+        w = rows.flat(rows.spread(gamma * window.h)).astype(y.dtype)
+        W = jnp.eye(n, dtype=y.dtype) - w[..., None, None] * J
+        rows_first = implicit(partial(_times_rows, W), factored(jax.lax.stop_gradient(W)))
+        solve = lambda r: rows.to_layout(rows_first(rows.from_layout(r)), True)
+    return System(slope, bend, lambda r: (parted(rows, solve(joined(rows, r)), s), None))
+
+
+def _times(M: Array, x: Array) -> Array:
+    """M x with the rows last."""
+    return jnp.sum(M * x[None], axis=1)
+
+
+def _times_rows(M: Array, x: Array) -> Array:
+    """M x with the rows first."""
+    return jnp.einsum("...ij,...j->...i", M, x)
+
+
+def inverse(W: Array) -> Array:
+    """W⁻¹ of small matrices with the rows last, by elimination with partial pivoting; not finite where W is singular."""
+    n = W.shape[0]
+    eye = jnp.broadcast_to(jnp.eye(n, dtype=W.dtype).reshape(n, n, *[1] * (W.ndim - 2)), W.shape)
+    equations = list(jnp.concatenate([W, eye], axis=1))
+    for k in range(n):
+        for i in range(k + 1, n):  # the largest comes up
+            larger = jnp.abs(equations[i][k]) > jnp.abs(equations[k][k])
+            up, down = equations[i], equations[k]
+            equations[k], equations[i] = jnp.where(larger, up, down), jnp.where(larger, down, up)
+        equations[k] = equations[k] / equations[k][k]
+        for i in set(range(n)) - {k}:
+            equations[i] = equations[i] - equations[i][k] * equations[k]
+    return jnp.stack([x[n:] for x in equations])
+
+
+def factored(W: Array) -> Callable:
+    """r -> W⁻¹ r with the rows first, by an LU factorisation with partial pivoting."""
+    factors = jsl.lu_factor(W)
+    if W.shape[-1] > INVERTED:
+        return lambda r: jsl.lu_solve(factors, r[..., None])[..., 0]
+    M = jsl.lu_solve(factors, jnp.broadcast_to(jnp.eye(W.shape[-1], dtype=W.dtype), W.shape))
+    return partial(_times_rows, M)
+
+
+# --- bands
+
+
+def banded(window: Window, s: State, gamma: float, lower: int, upper: int) -> System:
+    """By the bands of the matrix: lower + upper + 1 forward derivatives of f, whose directions share no component of f.
+
+    W is a block tridiagonal matrix with blocks of size m = max(lower, upper), eliminated block by block: O(n m²) products. Pivots are
+    chosen within blocks alone, so the residual is looked at: a system that is not solved to 1e-3 (in float32, else 1e-6) has failed.
+    """
+    rows, y = window.rows, joined(window.rows, s)
+    n, m = y.shape[_axis(rows)], max(lower, upper, 1)
+    colours, blocks = lower + upper + 1, -(-n // m)
+    colour = jnp.arange(n) % colours
+    slope, bend, moved = along(window, s, colour[None] == jnp.arange(colours)[:, None])
+    moved = jnp.moveaxis(rows.from_layout(moved, 1), 0, 0) if rows.size is None else jnp.moveaxis(rows.from_layout(moved, 1), 1, 0)
+    w = rows.flat(rows.spread(gamma * window.h)).astype(y.dtype)
+    i, size = jnp.arange(blocks * m), blocks * m
+    moved = jnp.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, size - n)])  # (colours, ..., size)
+
+    def entries(first: int) -> Array:
+        """Blocks of W beside the diagonal, (blocks, ..., m, m): columns from (k + first) m on."""
+        j = (i // m + first)[:, None] * m + jnp.arange(m)
+        inside = (j >= 0) & (j < n) & (j - i[:, None] <= upper) & (i[:, None] - j <= lower) & (i[:, None] < n)
+        J = jnp.take_along_axis(moved[..., None], (j % colours)[None].reshape(1, *[1] * (moved.ndim - 2), size, m), 0)[0]
+        W = (i[:, None] == j).astype(y.dtype) - w[..., None, None] * jnp.where(inside, J, 0)
+        return jnp.moveaxis(W.reshape(*W.shape[:-2], blocks, m, m), -3, 0)
+
+    W = tuple(map(entries, (-1, 0, 1)))
+    lift = lambda r: jnp.moveaxis(jnp.pad(r, [(0, 0)] * (r.ndim - 1) + [(0, size - n)]).reshape(*r.shape[:-1], blocks, m), -2, 0)
+    drop = lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], size)[..., :n]
+    matvec = lambda x: drop(_tridiagonal(W, lift(x)))
+    eliminate = _thomas(jax.lax.stop_gradient(W))
+    apply = implicit(matvec, lambda r: drop(eliminate(lift(r))))
+    limit = 1e-3 if y.dtype == jnp.float32 else 1e-6
+
+    def solve(r: State) -> tuple[State, Array]:
+        r_ = rows.from_layout(joined(rows, r))
+        x = apply(r_)
+        far = jax.lax.stop_gradient(jnp.max(jnp.abs(matvec(x) - r_), axis=-1))
+        ok = far <= limit * jax.lax.stop_gradient(jnp.max(jnp.abs(r_), axis=-1))
+        return parted(rows, rows.to_layout(x, True), s), rows.column(ok)
+
+    return System(slope, bend, solve)
+
+
+def _tridiagonal(W: tuple, x: Array) -> Array:
+    """W x by blocks."""
+    lower, diagonal, upper = W
+    none = jnp.zeros_like(x[:1])
+    before, after = jnp.concatenate([none, x[:-1]]), jnp.concatenate([x[1:], none])
+    return _times_rows(lower, before) + _times_rows(diagonal, x) + _times_rows(upper, after)
+
+
+def _thomas(W: tuple) -> Callable:
+    """r -> W⁻¹ r by blocks: D_k ← D_k - L_k D_{k-1}⁻¹ U_{k-1}, and likewise for r; then back."""
+    lower, diagonal, upper = W
+    one = lambda D: jnp.moveaxis(inverse(jnp.moveaxis(D, (-2, -1), (0, 1))), (0, 1), (-2, -1))
+
+    def forth(carry: tuple, blocks: tuple) -> tuple:
+        M, U = carry
+        L, D, after = blocks
+        M = one(D - L @ M @ U)
+        return (M, after), M
+
+    M = jax.lax.scan(forth, (jnp.zeros_like(diagonal[0]), jnp.zeros_like(upper[0])), (lower, diagonal, upper))[1]
+    before = jnp.concatenate([jnp.zeros_like(M[:1]), M[:-1]])
+
+    def apply(r: Array) -> Array:
+        def down(z: Array, xs: tuple) -> tuple:
+            A, r = xs
+            z = r - _times_rows(A, z)
+            return z, z
+
+        def up(x: Array, xs: tuple) -> tuple:
+            M, U, z = xs
+            x = _times_rows(M, z - _times_rows(U, x))
+            return x, x
+
+        z = jax.lax.scan(down, jnp.zeros_like(r[0]), (lower @ before, r))[1]
+        return jax.lax.scan(up, jnp.zeros_like(r[0]), (M, upper, z), reverse=True)[1]
+
+    return apply
+
+
+# --- without a matrix
+
+
+def krylov(window: Window, s: State, gamma: float, solver: Any) -> System:
+    """By products with J alone, and an iterative solver of `lineax`, for each row by itself; each product is a derivative of f."""
+    import lineax as lx
+
+    rows = window.rows
+    n = joined(rows, s).shape[_axis(rows)]
+    slope, bend, _ = along(window, s, jnp.zeros((0, n)))
+    y, like = rows.from_layout(joined(rows, s)), tuple(jax.ShapeDtypeStruct(x.shape[_axis(rows) : _axis(rows) + 1], x.dtype) for x in s)
+
+    def one(window: Window, y: Array, r: Array) -> tuple[Array, Array]:
+        F = lambda y: joined(Rows(), window(0.0, parted(Rows(), y, like)))
+        _, J = jax.linearize(F, y)
+        w = (gamma * window.h).astype(y.dtype)
+        W = lx.FunctionLinearOperator(lambda x: x - w * J(x), jax.eval_shape(lambda: y))
+        found = lx.linear_solve(W, r, solver, throw=False)
+        return found.value, found.result == lx.RESULTS.successful
+
+    def solve(r: State) -> tuple[State, Array]:
+        x, ok = window.each(one, y, rows.from_layout(joined(rows, r)))
+        return parted(rows, rows.to_layout(x, True), s), rows.column(ok)
+
+    return System(slope, bend, solve)

@@ -1,0 +1,79 @@
+"""Rosenbrock methods for stiff problems: linearly implicit, one factorisation a step and no iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import jax.numpy as jnp
+
+import jode.tableau as tb
+from jode.method.base import Method, Step
+from jode.method.linear import System, banded, dense, krylov
+from jode.tableau import RosenbrockTableau
+from jode.tree import State, increment
+from jode.window import Window
+
+
+@dataclass(frozen=True)
+class Rosenbrock(Method):
+    """(I - h γ J) k_i = γ (f(t + c_i h, y + h Σ_j a_ij k_j) + Σ_j C_ij k_j + d_i h ∂f/∂t), y1 = y + h Σ b_i k_i, J = ∂f/∂y at (t, y):
+    a linearly implicit method for stiff problems, given by its tableau.
+
+    Local error O(h^(p+1)), global O(h^p) for order p where the problem is not stiff; very stiff ones lower the order. A step costs
+    one evaluation of f per stage, one Jacobian (n forward derivatives of f for n components, and one in time) and one factorisation
+    (2n³/3 products). There is no iteration, so a step is an explicit function of its start: derivatives are exact, and solve with
+    the factors that are there. A row whose matrix is singular, or whose stage is not finite, rejects the step and tries a
+    smaller one; equal steps fail there.
+
+    jac: jac(t, y, args) -> ∂f/∂y as `jax.jacfwd(f, 1)` gives it, where you know a cheaper way than forward derivatives. The order
+        holds for the exact Jacobian alone.
+    bands: (l, u), where component i of f depends on components i - l … i + u of y alone (y raveled, its leaves one after another):
+        then l + u + 1 forward derivatives are enough, and O(n) products. Wrong bands are a wrong Jacobian.
+    krylov: an iterative solver of lineax, such as `lineax.GMRES(rtol=1e-8, atol=1e-8)`, for states whose matrix is too
+        large; a system that it does not solve rejects the step.
+    """
+
+    tableau: RosenbrockTableau
+    jac: Callable | None = None
+    bands: tuple[int, int] | None = None
+    krylov: Any = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("jac", "bands", "krylov") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{self!r}: {' and '.join(given)} are ways to solve the same systems: give one")
+        if self.bands is not None and not (len(self.bands) == 2 and all(isinstance(n, int) and n >= 0 for n in self.bands)):
+            raise ValueError(f"{self!r}: bands must be two ints, how many below and above the diagonal, got {self.bands!r}")
+        t = self.tableau
+        of_t = {"order": t.order, "embedded_order": t.embedded_order, "error": (t.error,), "dense": t.dense}
+        self.__dict__.update(of_t, evaluations=t.needed, trials=t.stages, jacobians=1)
+
+    def __repr__(self) -> str:
+        return f"jode.{self.tableau.name}"
+
+    def system(self, window: Window, s: State) -> System:
+        """f, h ∂f/∂t, and how to solve (I - h γ J) x = r, at the start of a step from s."""
+        gamma = self.tableau.gamma
+        if self.krylov is not None:
+            return krylov(window, s, gamma, self.krylov)
+        return banded(window, s, gamma, *self.bands) if self.bands else dense(window, s, gamma)
+
+    def step(self, window: Window, s: State, slope: Any = ()) -> Step:
+        t, h, one = self.tableau, window.h, jnp.ones((), window.h.dtype)
+        f, bend, solve = self.system(window, s)
+        ks, found = [], []
+        for i in range(t.stages):
+            f = window(t.c[i], increment(s, h, t.a[i], ks)) if i else f
+            r = tuple((t.gamma * x).astype(x.dtype) for x in f)
+            r = increment(r, one, tuple(t.gamma * x for x in (*t.C[i], t.d[i])), [*ks, bend])
+            k, ok = solve(r)
+            ks.append(k)
+            found += [] if ok is None else [ok]
+        return Step(increment(s, h, t.b, ks), ks, reduce(jnp.logical_and, found) if found else None)
+
+
+rodas5p = Rosenbrock(tb.RODAS5P)
+rosenbrock23 = Rosenbrock(tb.ROSENBROCK23)
