@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,9 +13,8 @@ from jax import Array
 from jode.adjoint.rule import Adjoint, contained, drift, failed
 from jode.control import Solver
 from jode.march import Cotangents, March, Outcome, Problem, inner, numbers_to_layout
-from jode.method import RungeKutta
 from jode.observe import Seen, Watch
-from jode.tree import State, add, increment, real_dtype, stack, take, zeros_like
+from jode.tree import State, add, real_dtype, stack, take, zeros_like
 from jode.window import Params
 
 
@@ -27,7 +27,7 @@ class Backsolve(Adjoint):
     where a jumps by the cotangent g_i at save time t_i and y restarts from the state saved there. Memory does not depend on the
     number of steps. The gradient is not that of the numbers computed: it is off by about the tolerance of both solves.
 
-    `solver` is that of the way back (`Fixed` or `Adaptive`, of a Runge-Kutta method), by default the one of the solve. Its steps
+    `solver` is that of the way back (`Fixed` or `Adaptive`, of a Runge-Kutta or Rosenbrock method), by default the one of the solve. Its steps
     are controlled by y and a alone, where a component of a has the absolute tolerance of that component of y; the integrals for θ
     and t0 are quadratures over the steps taken (the seminorm of Kidger, Chen & Lyons 2021). Where y cannot be solved backwards
     (its solutions contract, or are chaotic) the way back strays from the states saved: rows off by more than `max_drift` of their
@@ -50,8 +50,11 @@ class Backsolve(Adjoint):
                 "Backsolve solves an ODE backwards, and layers are not one: use MemoryFree or Backprop, or "
                 "jode.depth.field, which makes an ODE of them"
             )
-        if not isinstance(back.method, RungeKutta):
-            return f"Backsolve needs a Runge-Kutta method on the way back, not {back.method!r}: give Backsolve(solver=...)"
+        if back.method.parts > 1:
+            return (
+                f"Backsolve needs a Runge-Kutta or Rosenbrock method on the way back, and {back.method!r} carries more than y: give "
+                "Backsolve(solver=...)"
+            )
         return f"Backsolve: {refusal}" if (refusal := back.refusal()) else None
 
     def counted(self, plan: Any, rows: int, outcome: Outcome) -> Outcome:
@@ -72,7 +75,7 @@ class Backsolve(Adjoint):
 
 @dataclass(frozen=True, eq=False)
 class Integrals(Watch):
-    """-∫ (∂f/∂(θ, t))ᵀ a dt: each step adds -h Σ b_i (∂f/∂(θ, t))ᵀ a_i over its stages."""
+    """-∫ (∂f/∂(θ, t))ᵀ a dt: each step adds -h Σ b_i (∂f/∂(θ, t))ᵀ a_i, by the quadrature of its method."""
 
     march: March  # of the solve, whose field is not augmented
 
@@ -80,13 +83,10 @@ class Integrals(Watch):
         return zeros_like(problem.params.shared), march.rows.spread(jnp.zeros((), problem.ts.dtype))
 
     def step(self, march: March, problem: Problem, carry: tuple, seen: Seen) -> tuple:
-        method, window, s, params = march.method, seen.window, seen.s, problem.params
-        assert isinstance(method, RungeKutta)  # others are refused at the door
-        tableau = method.tableau
+        window, s, params = seen.window, seen.s, problem.params
         t, h, m = window.t, window.h, len(s) // 2
-        used = [i for i, b in enumerate(tableau.b) if b]
-        stages = stack([increment(s, h, tableau.rows[i], seen.slopes[:i]) for i in used])
-        nodes, weights = (jnp.asarray([x[i] for i in used], h.dtype) for x in (tableau.c, tableau.b))
+        nodes, weights, states = march.method.quadrature(window, s, seen.slopes)
+        nodes, weights, stages = jnp.asarray(nodes, h.dtype), jnp.asarray(weights, h.dtype), stack(states)
         accept = True if seen.accept is None else seen.accept
 
         def stage(sums: tuple, xs: tuple) -> tuple:
@@ -106,9 +106,12 @@ def _solve_back(adjoint: Backsolve, march: March, good: Array, ys: State, proble
     ys = tuple(jnp.where(rows.over_time(good), x, y[None]) for x, y in zip(ys, problem.y0, strict=True))
     m = len(ys)
 
-    def augmented(t: Array, s: State, params: Params) -> State:
-        k, back = jax.vjp(lambda y: F(t, y, params), s[:m])
-        return (*k, *(-x for x in back(s[m:])[0]))
+    def augmented(F: Callable) -> Callable:
+        def field(t: Array, s: State, params: Params) -> State:
+            k, back = jax.vjp(lambda y: F(t, y, params), s[:m])
+            return (*k, *(-x for x in back(s[m:])[0]))
+
+        return field
 
     solver, numbers, steps = march.solver, problem.numbers, march.plan.steps
     if adjoint.solver is not None:
@@ -117,7 +120,8 @@ def _solve_back(adjoint: Backsolve, march: March, good: Array, ys: State, proble
         numbers = jax.tree.map(jnp.asarray, given.numbers)
         numbers = numbers_to_layout(rows, numbers, jax.tree.map(lambda _: False, numbers))
     numbers = {k: (*x, *x) if isinstance(x, tuple) else x for k, x in numbers.items()}  # by component of y, and of a
-    back = replace(march, plan=replace(march.plan, solver=solver, saves=2, steps=steps), F=augmented)
+    plan = replace(march.plan, solver=solver, saves=2, steps=steps)
+    back = replace(march, plan=plan, F=augmented(F), alone=augmented(march.alone), jac=None)
 
     def interval(carry: tuple, i: Array) -> tuple:
         a, shared, t0bar, wrong = carry

@@ -13,6 +13,7 @@ from jax import Array
 from jode.adjoint.discrete import Discrete
 from jode.adjoint.rule import drift
 from jode.march import Kept, March, Plan, Problem
+from jode.method import Method
 from jode.observe import Record
 from jode.tree import State, real_dtype, take, where
 from jode.tuning import GROWTH, SEGMENTS
@@ -42,6 +43,11 @@ class MemoryFree(Discrete):
         k = self.anchors
         if not (k is None or k == AUTO or (isinstance(k, int) and not isinstance(k, bool) and k >= 1)):
             raise ValueError(f"MemoryFree: anchors must be None or a positive int, got {k!r}")
+
+    def refusal(self, solver: Any) -> str | None:
+        if type(solver.method).inverse is not Method.inverse:
+            return None
+        return f"MemoryFree goes back by inverse steps, and {solver.method!r} has none: use jode.Backprop"
 
     def records(self, plan: Plan, rows: int) -> Record | None:
         keep = self._anchored(plan)

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from jode.control.base import Grid, Solver, Status, concrete
+from jode.control.stiffness import stability_limited
 from jode.control.tolerance import Norm, absolute_tolerance, checked_number, scaled_norm
 from jode.method import Method, Step, tsit5
 from jode.runner import Compiled, Runner
@@ -82,7 +83,7 @@ class Adaptive(Solver):
         if self.method.embedded_order is None:
             return (
                 f"Adaptive needs a method that estimates its error, and {self.method!r} has no embedded method: "
-                "use heun, midpoint, ralston, bosh3, dopri5, tsit5 or dopri8, or Fixed"
+                "use tsit5 or another of order 2 to 8, rodas5p for stiff problems, or Fixed"
             )
         return None
 
@@ -227,6 +228,8 @@ class Adaptive(Solver):
         unmoved = (p.accepted == 0) & ~rows.finite(slope)
         stuck = jnp.where(unmoved, int(Status.nonfinite_dynamics), int(Status.step_underflow))
         status = jnp.where(p.h == 0, stuck, int(Status.max_steps))
+        stiff = stability_limited(march, problem, p.h != 0, p.t, p.h, c.s, c.slope)
+        status = jnp.where(stiff, int(Status.stiff), status)
         status = jnp.where(self.arrived(march.save_times(problem), p), int(Status.success), status)
         status = jnp.where(rows.finite(march.method.read(c.s)), status, int(Status.nonfinite_state))
         return status.astype(jnp.int32), p.t, p.tried, p.accepted

@@ -32,6 +32,7 @@ class Status(IntEnum):
     invalid_input = 5
     capacity = 6
     event = 7
+    stiff = 8
 
 
 class Stats(NamedTuple):
@@ -39,7 +40,8 @@ class Stats(NamedTuple):
 
     `nfe` counts evaluations of the vector field; `steps` = `accepted` + `rejected`. `nfe_backward` counts the evaluations
     that a gradient by the chosen adjoint takes besides: one per stage, each differentiated too, and those of steps taken again;
-    zero where it is not known (`Backsolve`). On a CPU small states (32 components) take one more per stage, not counted.
+    zero where it is not known (`Backsolve`). On a CPU small states (32 components) take one more per stage, not counted. An implicit
+    method evaluates `jacobians` (each of n + 1 forward derivatives of the field, not in `nfe`) and factorises matrices besides.
     """
 
     nfe: Int32[Array, ""]
@@ -47,6 +49,8 @@ class Stats(NamedTuple):
     accepted: Int32[Array, ""]
     rejected: Int32[Array, ""]
     nfe_backward: Int32[Array, ""]
+    jacobians: Int32[Array, ""]
+    factorisations: Int32[Array, ""]
 
 
 class Grid(NamedTuple):

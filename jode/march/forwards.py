@@ -309,7 +309,8 @@ class March:
             full = (status == int(Status.success)) & w.overflowed(m)
             status = jnp.where(full, int(Status.capacity), status).astype(jnp.int32)
         observed = tuple(w.read(m) for w, m in watched)
-        stats = Stats(nfe, tried, accepted, tried - accepted, backward)
+        jacobians = tried * method.jacobians
+        stats = Stats(nfe, tried, accepted, tried - accepted, backward, jacobians, jacobians)
         return self._ended(problem, Outcome(ys, observed, good, stats, status, reached))
 
     # --- a slot of the grid again, and back

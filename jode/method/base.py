@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
-from jode.tree import State, add, combine, stack
+from jode.tree import State, add, combine, increment, stack
 from jode.window import Window
 
 
@@ -39,6 +40,7 @@ class Method:
     starts: int = 0  # of the start,
     extra: int = 0  # and of the interpolant of a step, besides
     jacobians: int = 0  # of the vector field, each factorised once, that a step takes
+    stability: float | None = None  # h λ may lie in (-stability, 0); None where that is not known, or unbounded
     jac: Callable | None = None  # ∂f/∂y as the user gave it, a function of (t, y, args)
     parts: int = 1  # copies of the shape of y in s
     growth: float = 1.0  # of a rounding error in s through one inverse step, where that is known
@@ -91,6 +93,15 @@ class Method:
     def dense_weights(self, theta: Array) -> list[Array]:
         """b_i(θ) of the interpolant, 0 ≤ θ ≤ 1."""
         return [_horner(row, theta) for row in self.dense]
+
+    def quadrature(self, window: Window, s: State, K: list[State]) -> tuple[Sequence[float], Sequence[float], list[State]]:
+        """Nodes c_i, weights b_i and the states there: Σ b_i g(c_i, y_i) is the mean of g over the step from s with slopes K.
+
+        Gauss' three nodes, with states of the interpolant.
+        """
+        nodes, weights = (0.5 - 0.15**0.5, 0.5, 0.5 + 0.15**0.5), (5 / 18, 8 / 18, 5 / 18)
+        at = lambda theta: increment(self.base(theta, s), window.h, self.dense_weights(theta), self.refined(window, s, K))
+        return nodes, weights, [at(jnp.asarray(c, window.h.dtype)) for c in nodes]
 
     def errors(self, h: Array, K: list[State], s: State, s1: State) -> list[State]:
         """The method's estimates of the local error of a step from s to s1."""

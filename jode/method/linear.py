@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
+import numpy as np
 from jax import Array
 
 from jode.rows import Rows
@@ -97,16 +98,26 @@ def dense(window: Window, s: State, gamma: float) -> System:
         J = J.astype(y.dtype)
     if n <= WRITTEN_OUT:
         w = rows.spread(gamma * window.h).astype(y.dtype)
-        W = jnp.eye(n, dtype=y.dtype).reshape(n, n, *[1] * (J.ndim - 2)) - w * J
+        W = _identity(J, 0) - (w if rows.size is None else w[None]) * J
         M = inverse(jax.lax.stop_gradient(W))
         solve = implicit(partial(_times, W), partial(_times, M))
     else:
         J = jnp.moveaxis(J, -1, 0) if rows.size is not None and not _axis(rows) else J
-        w = rows.flat(rows.spread(gamma * window.h)).astype(y.dtype)
-        W = jnp.eye(n, dtype=y.dtype) - w[..., None, None] * J
+        W = _identity(J, J.ndim - 2) - _width(window, gamma, y.dtype) * J
         rows_first = implicit(partial(_times_rows, W), factored(jax.lax.stop_gradient(W)))
         solve = lambda r: rows.to_layout(rows_first(rows.from_layout(r)), True)
     return System(slope, bend, lambda r: (parted(rows, solve(joined(rows, r)), s), None))
+
+
+def _identity(like: Array, at: int) -> Array:
+    """Identity matrices whose rows and columns are the axes `at` and at + 1."""
+    shape = [n if i in (at, at + 1) else 1 for i, n in enumerate(like.shape)]
+    return jnp.broadcast_to(jnp.eye(like.shape[at], dtype=like.dtype).reshape(shape), like.shape)
+
+
+def _width(window: Window, gamma: float, dtype: Any) -> Array:
+    """γ h, to multiply matrices with the rows first."""
+    return window.rows.flat(window.rows.spread(gamma * window.h)).astype(dtype)[..., None, None]
 
 
 def _times(M: Array, x: Array) -> Array:
@@ -122,16 +133,15 @@ def _times_rows(M: Array, x: Array) -> Array:
 def inverse(W: Array) -> Array:
     """W⁻¹ of small matrices with the rows last, by elimination with partial pivoting; not finite where W is singular."""
     n = W.shape[0]
-    eye = jnp.broadcast_to(jnp.eye(n, dtype=W.dtype).reshape(n, n, *[1] * (W.ndim - 2)), W.shape)
-    equations = list(jnp.concatenate([W, eye], axis=1))
+    equations = list(jnp.concatenate([W, _identity(W, 0)], axis=1))
     for k in range(n):
         for i in range(k + 1, n):  # the largest comes up
-            larger = jnp.abs(equations[i][k]) > jnp.abs(equations[k][k])
+            larger = jnp.abs(equations[i][k : k + 1]) > jnp.abs(equations[k][k : k + 1])
             up, down = equations[i], equations[k]
             equations[k], equations[i] = jnp.where(larger, up, down), jnp.where(larger, down, up)
-        equations[k] = equations[k] / equations[k][k]
+        equations[k] = equations[k] / equations[k][k : k + 1]
         for i in set(range(n)) - {k}:
-            equations[i] = equations[i] - equations[i][k] * equations[k]
+            equations[i] = equations[i] - equations[i][k : k + 1] * equations[k]
     return jnp.stack([x[n:] for x in equations])
 
 
@@ -140,7 +150,7 @@ def factored(W: Array) -> Callable:
     factors = jsl.lu_factor(W)
     if W.shape[-1] > INVERTED:
         return lambda r: jsl.lu_solve(factors, r[..., None])[..., 0]
-    M = jsl.lu_solve(factors, jnp.broadcast_to(jnp.eye(W.shape[-1], dtype=W.dtype), W.shape))
+    M = jsl.lu_solve(factors, _identity(W, W.ndim - 2))
     return partial(_times_rows, M)
 
 
@@ -156,22 +166,21 @@ def banded(window: Window, s: State, gamma: float, lower: int, upper: int) -> Sy
     rows, y = window.rows, joined(window.rows, s)
     n, m = y.shape[_axis(rows)], max(lower, upper, 1)
     colours, blocks = lower + upper + 1, -(-n // m)
-    colour = jnp.arange(n) % colours
-    slope, bend, moved = along(window, s, colour[None] == jnp.arange(colours)[:, None])
-    moved = jnp.moveaxis(rows.from_layout(moved, 1), 0, 0) if rows.size is None else jnp.moveaxis(rows.from_layout(moved, 1), 1, 0)
-    w = rows.flat(rows.spread(gamma * window.h)).astype(y.dtype)
-    i, size = jnp.arange(blocks * m), blocks * m
-    moved = jnp.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, size - n)])  # (colours, ..., size)
+    size, i = blocks * m, np.arange(blocks * m)
+    slope, bend, moved = along(window, s, jnp.asarray(i[:n] % colours == np.arange(colours)[:, None]))
+    moved = jnp.moveaxis(jax.vmap(rows.from_layout)(moved), 0, -1)  # (..., n, colours)
+    moved = jnp.pad(moved, [(0, 0)] * (moved.ndim - 2) + [(0, size - n), (0, 0)])
 
-    def entries(first: int) -> Array:
-        """Blocks of W beside the diagonal, (blocks, ..., m, m): columns from (k + first) m on."""
-        j = (i // m + first)[:, None] * m + jnp.arange(m)
+    def blocks_of(first: int) -> Array:
+        """Blocks of W, (blocks, ..., m, m): for block k the columns from (k + first) m on."""
+        j = (i // m + first)[:, None] * m + np.arange(m)
         inside = (j >= 0) & (j < n) & (j - i[:, None] <= upper) & (i[:, None] - j <= lower) & (i[:, None] < n)
-        J = jnp.take_along_axis(moved[..., None], (j % colours)[None].reshape(1, *[1] * (moved.ndim - 2), size, m), 0)[0]
-        W = (i[:, None] == j).astype(y.dtype) - w[..., None, None] * jnp.where(inside, J, 0)
+        as_rows = lambda x: jnp.broadcast_to(jnp.asarray(x).reshape(*[1] * (moved.ndim - 2), size, m), (*moved.shape[:-1], m))
+        J = jnp.where(as_rows(inside), jnp.take_along_axis(moved, as_rows(j % colours), -1), 0)
+        W = as_rows((i[:, None] == j).astype(y.dtype)) - _width(window, gamma, y.dtype) * J
         return jnp.moveaxis(W.reshape(*W.shape[:-2], blocks, m, m), -3, 0)
 
-    W = tuple(map(entries, (-1, 0, 1)))
+    W = tuple(map(blocks_of, (-1, 0, 1)))
     lift = lambda r: jnp.moveaxis(jnp.pad(r, [(0, 0)] * (r.ndim - 1) + [(0, size - n)]).reshape(*r.shape[:-1], blocks, m), -2, 0)
     drop = lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], size)[..., :n]
     matvec = lambda x: drop(_tridiagonal(W, lift(x)))

@@ -44,7 +44,7 @@ class RungeKutta(Method):
     def __post_init__(self) -> None:
         t = self.tableau
         of_t = {"order": t.order, "embedded_order": t.embedded_order if t.adaptive else None, "error": t.error, "dense": t.dense}
-        self.__dict__.update(of_t, evaluations=t.stages, trials=t.stages, extra=len(t.extra))
+        self.__dict__.update(of_t, evaluations=t.stages, trials=t.stages, extra=len(t.extra), stability=t.stability)
 
     def __repr__(self) -> str:
         return f"jode.{self.tableau.name}"
@@ -106,6 +106,12 @@ class RungeKutta(Method):
             return super().whole(window, s)
         ks = self.slopes(window, s, upto=len(self.tableau.nodes))
         return increment(s, window.h, self.tableau.b, ks[: self.tableau.stages]), ks
+
+    def quadrature(self, window: Window, s: State, K: list[State]) -> tuple[Sequence[float], Sequence[float], list[State]]:
+        """The method's own, over its stages."""
+        t = self.tableau
+        used = [i for i, b in enumerate(t.b) if b]
+        return [t.c[i] for i in used], [t.b[i] for i in used], [increment(s, window.h, t.rows[i], K[:i]) for i in used]
 
     def pullback_nfe(self, dense: bool) -> int:
         return len(self.tableau.nodes) if dense else self.tableau.stages

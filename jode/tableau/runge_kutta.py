@@ -71,6 +71,17 @@ class Tableau:
         return (*self.a, self.b, *self.extra)
 
     @property
+    def stability(self) -> float:
+        """The method is stable for h λ in (-stability, 0): where its factor R(z) = 1 + z Σ b (zA)ⁿ 1 stays within 1, to 0.01."""
+        s, x = self.stages, np.arange(1, 5000) / 100
+        a = np.array([(*row, *[0.0] * (s - len(row))) for row in self.a])
+        v, factor = np.ones(s), np.ones_like(x)
+        for n in range(1, s + 1):
+            factor, v = factor + (-x) ** n * (np.array(self.b) @ v), a @ v
+        outside = np.abs(factor) > 1 + 1e-9
+        return float(x[outside.argmax()]) if outside.any() else float(x[-1])
+
+    @property
     def adaptive(self) -> bool:
         """Whether the method estimates its own error."""
         return bool(self.error)
