@@ -163,6 +163,8 @@ def banded(window: Window, s: State, gamma: float, lower: int, upper: int) -> Sy
     W is a block tridiagonal matrix with blocks of size m = max(lower, upper), eliminated block by block: O(n m²) products. Pivots are
     chosen within blocks alone, so the residual is looked at: a system that is not solved to 1e-3 (in float32, else 1e-6) has failed.
     """
+    if len(s) > 1 or jnp.iscomplexobj(s[0]):
+        raise ValueError("bands are those of states of one real dtype: use jac or krylov, or give real and imaginary parts in turn")
     rows, y = window.rows, joined(window.rows, s)
     n, m = y.shape[_axis(rows)], max(lower, upper, 1)
     colours, blocks = lower + upper + 1, -(-n // m)
