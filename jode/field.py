@@ -19,8 +19,8 @@ from jode.window import Params
 
 class Closed(NamedTuple):
     """Functions of (t, packed state, params): the slope; the state with what observers keep; the state after jump k, a fourth
-    argument; the Jacobian, where it is given; what other observers look by. And the effects of f, and how many equations it has: see
-    `length`.
+    argument; the Jacobian, where it is given; what other observers look by. And the effects of f, and how many equations it has:
+    see `length`.
     """
 
     field: Callable
@@ -92,9 +92,7 @@ def close(
     evaluate_jump, out, _ = traced(jump, jax.ShapeDtypeStruct((), jnp.int32)) if jump else (None, None, None)
     if jump:
         _check_slope(out, y0, layout, time, "g")
-    evaluate_jac, out, _ = traced(jac) if jac else (None, None, None)
-    if jac:
-        _check_jacobian(out, y0[0] if observing else y0)
+    jacobian = jac and _jacobian(*traced(jac)[:2], y0[0] if observing else y0, layout)
     looked = [g and traced(g) for g in looks]
     places = kept_in(given, lead)
     packed = lambda leaves: layout.pack([jnp.asarray(k, d) for k, d in zip(leaves, layout.dtypes, strict=True)])
@@ -110,21 +108,13 @@ def close(
         assert evaluate_jump is not None
         return packed(evaluate_jump(t, state, params, k))
 
-    def jacobian(t: Array, state: State, params: Params) -> Array:
-        assert evaluate_jac is not None
-        blocks, size = evaluate_jac(t, state, params), [math.prod(shape) for shape in layout.shapes]
-        given, order = math.isqrt(len(blocks)), [i for group in layout.groups for i in group]  # nothing depends on what is kept
-        block = lambda i, j: blocks[given * i + j].reshape(size[i], size[j]) if max(i, j) < given else jnp.zeros((size[i], size[j]))
-        dtype = widest(*layout.dtypes, default=jnp.float32)
-        return jnp.block([[block(i, j).astype(dtype) for j in order] for i in order])
-
     def look(evaluate: Callable, out: Layout) -> Callable:
         cast = lambda leaves: [jnp.asarray(x, d) for x, d in zip(leaves, out.dtypes, strict=True)]
         return lambda t, state, params: out.pack(cast(evaluate(t, state, params)))
 
     outs = [x and Layout.of(x[1]) for x in looked]
     functions = tuple(x and look(x[0], Layout.of(x[1])) for x in looked)
-    optional = (kept if observing else None, jumped if jump else None, jacobian if jac else None)
+    optional = (kept if observing else None, jumped if jump else None, jacobian)
     closed = Closed(field, *optional, functions, jaxpr.effects, length(jaxpr))
     return closed, Params(*buckets), outs
 
@@ -149,12 +139,34 @@ def jump_of(g: Callable, observing: bool, tabled: bool) -> Callable:
     return jump
 
 
-def _check_jacobian(out: Any, y0: Any) -> None:
-    """∂f/∂y has the structure of y0 within that of y0, as `jax.jacfwd(f, 1)` gives it."""
+def _jacobian(evaluate: Callable, out: Any, y0: Any, layout: Layout) -> Callable:
+    """∂f/∂y as a matrix over the packed components, from a function that gives it as `jax.jacfwd(f, 1)` does."""
     expected = jax.tree.map(lambda x: jax.tree.map(lambda z: (*x.shape, *z.shape), y0), y0)
     shapes = jax.tree.map(lambda x: x.shape, out)
     if shapes != expected:
         raise TypeError(f"jac(t, y, args) must return ∂f/∂y as jax.jacfwd(f, 1) does, with shapes {expected}; it returned {shapes}")
+    if any(jnp.issubdtype(d, jnp.complexfloating) for d in layout.dtypes):
+        raise TypeError(
+            "jac(t, y, args) is for real states: of a complex one forward derivatives take real and imaginary parts apart"
+        )
+    given, sizes = len(jax.tree.leaves(y0)), [math.prod(shape) for shape in layout.shapes]
+    order = [i for group in layout.groups for i in group]
+    dtype = widest(*layout.dtypes, default=jnp.float32)
+
+    def matrix(t: Array, state: State, params: Params) -> Array:
+        blocks = evaluate(t, state, params)
+
+        def block(i: int, j: int) -> Array:  # nothing depends on what observers keep, nor changes it
+            within = max(i, j) < given
+            return (
+                blocks[given * i + j].reshape(sizes[i], sizes[j]).astype(dtype)
+                if within
+                else jnp.zeros((sizes[i], sizes[j]), dtype)
+            )
+
+        return jnp.block([[block(i, j) for j in order] for i in order])
+
+    return matrix
 
 
 def _check_slope(out: Any, y0: Any, layout: Layout, time: Any, name: str = "f") -> None:

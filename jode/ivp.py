@@ -171,8 +171,8 @@ class _Spied:
 
 _REMEDIES = {
     Status.max_steps: "it needed more than max_steps steps: raise Adaptive(max_steps=...), or loosen rtol and atol",
-    Status.stiff: "the problem is stiff: not the error but stability limited the steps, and max_steps were not enough. Use an implicit "
-    "method, Adaptive(jode.rodas5p, ...)",
+    Status.stiff: "the problem is stiff: not the error but stability limited the steps, and max_steps were not enough. Use an "
+    "implicit method, Adaptive(jode.rodas5p, ...)",
     Status.step_underflow: "the step shrank below the resolution of time: the solution may blow up there or leave the domain of f, "
     "or the problem is stiff and wants jode.rodas5p; if none of these, give ts in float64, or measure time from ts[0]",
     Status.nonfinite_dynamics: "f returned NaN or infinity at the initial state: check y0, args and the domain of f",

@@ -17,8 +17,8 @@ SMALL = 32
 # 1,000 matrices 3 x 3 take 53 µs so and 290 µs by LAPACK; 8 x 8 4.1 ms and 1.1 ms.
 WRITTEN_OUT = 4
 
-# Components up to which a factorised matrix is also inverted, and a solve is a product: 1,000 matrices and eight solves of each take
-# 1.1 ms so and 1.6 ms otherwise for 8 components, 7.3 and 6.4 for 20.
+# Components up to which a factorised matrix is also inverted, and a solve is a product: 1,000 matrices and eight solves of each
+# take 1.1 ms so and 1.6 ms otherwise for 8 components, 7.3 and 6.4 for 20.
 INVERTED = 16
 
 # Rows of a batch that finish late go on in groups of GROUP where at least MANY rows ran together and at most one in FEW_LEFT is

@@ -40,8 +40,8 @@ class Window:
     field: f(t, y, params) for these rows. params: those of this step, layers at its nodes. rows: where the rows lie.
     kept: what observers keep at (t, y, params), for a state that carries it. limit: the latest time that f may be asked for (a
     column): where f jumps, f at that time is what it jumps to. long: whether the field's program is so long that a step should hold
-    it once, its stages in a loop. alone: f(t, y, params) of one trajectory, and mapped: which of the params differ by row. jac: ∂f/∂y
-    of these rows as (t, y, params), where the user gave it.
+    it once, its stages in a loop. alone: f(t, y, params) of one trajectory, and mapped: which of the params differ by row. jac:
+    ∂f/∂y of these rows as (t, y, params), where the user gave it.
     """
 
     field: Callable
@@ -119,7 +119,7 @@ class Window:
         def one(t: Array, h: Array, limit: Any, params: Params, *xs: Any) -> Any:
             return g(replace(self, field=self.alone, rows=Rows(), t=t, h=h, params=params, limit=limit), *xs)
 
-        of = jax.vmap(one, (0, 0, None if limit is None else 0, Params(*axes), *(0 for _ in xs)))
+        of: Any = jax.vmap(one, (0, 0, None if limit is None else 0, Params(*axes), *(0 for _ in xs)))
         return of(*numbers, limit, self.params, *xs)
 
     def jacobian(self, c: Any, y: State) -> Array:

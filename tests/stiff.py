@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jode
+from jode.models.kinetics import POLLU_RATES, POLLU_START, ROBERTSON_RATES, pollu, robertson
 from tests.problems import DIGITS
 
 
@@ -20,12 +21,6 @@ class Stiff(NamedTuple):
     t1: float
     args: Any
     atol: float | None
-
-
-def robertson(t, y, k):
-    """Three species, rate constants (0.04, 3e7, 1e4): Robertson 1966."""
-    slow, fast, back = k[0] * y[0], k[1] * y[1] ** 2, k[2] * y[1] * y[2]
-    return jnp.stack([back - slow, slow - back - fast, fast])
 
 
 def hires(t, y, args):
@@ -68,48 +63,6 @@ def e5(t, y, args):
     return jnp.stack([-p - q, second, second - fourth, fourth])
 
 
-# POLLU, air pollution by 20 species: Verwer 1994. Rate constants of its 25 reactions, which species each takes (one or two), and of
-# each species the reactions that consume and that produce it.
-POLLU_RATES = (
-    *(0.35, 26.6, 1.23e4, 8.6e-4, 8.2e-4, 1.5e4, 1.3e-4, 2.4e4, 1.65e4, 9.0e3, 0.022, 1.2e4, 1.88, 1.63e4, 4.8e6),
-    *(3.5e-4, 0.0175, 1.0e8, 4.44e11, 1240.0, 2.1, 5.78, 0.0474, 1780.0, 3.12),
-)
-POLLU_TAKES = (
-    *((1,), (2, 4), (5, 2), (7,), (7,), (7, 6), (9,), (9, 6), (11, 2), (11, 1), (13,), (10, 2), (14,), (1, 6), (3,)),
-    *((4,), (4,), (16,), (16,), (17, 6), (19,), (19,), (1, 4), (19, 1), (20,)),
-)
-POLLU_CHANGES = (
-    ((1, 10, 14, 23, 24), (2, 3, 9, 11, 12, 22, 25)),
-    ((2, 3, 9, 12), (1, 21)),
-    ((15,), (1, 17, 19, 22)),
-    ((2, 16, 17, 23), (15,)),
-    ((3,), (4, 4, 6, 7, 13, 20)),
-    ((6, 8, 14, 20), (3, 18, 18)),
-    ((4, 5, 6), (13,)),
-    ((), (4, 5, 6, 7)),
-    ((7, 8), ()),
-    ((12,), (7, 9)),
-    ((9, 10), (8, 11)),
-    ((), (9,)),
-    ((11,), (10,)),
-    ((13,), (12,)),
-    ((), (14,)),
-    ((18, 19), (16,)),
-    ((20,), ()),
-    ((), (20,)),
-    ((21, 22, 24), (23, 25)),
-    ((25,), (24,)),
-)
-_STOICHIOMETRY = np.array([[given.count(r) - taken.count(r) for r in range(1, 26)] for taken, given in POLLU_CHANGES], float)
-_FIRST, _SECOND = (np.array([(*x, 0)[i] - 1 for x in POLLU_TAKES]) for i in (0, 1))  # -1: no second one
-
-
-def pollu(t, y, k):
-    """dy/dt = S r, with r the rates of the reactions by the law of mass action."""
-    one = jnp.concatenate([y, jnp.ones(1, y.dtype)])
-    return jnp.asarray(_STOICHIOMETRY, y.dtype) @ (k * y[_FIRST] * one[_SECOND])
-
-
 def brusselator(t, y, alpha):
     """u' = 1 + u² v - 4 u + α n² Δu, v' = 3 u - u² v + α n² Δv on (0, 1), u and v interleaved: Hairer & Wanner II, section IV.10."""
     u, v = y.reshape(-1, 2).T
@@ -127,18 +80,14 @@ def brusselator_start(n):
     return np.stack([1 + np.sin(2 * np.pi * x), np.full(n, 3.0)], 1).reshape(-1)
 
 
-_POLLU_START = np.zeros(20)
-_POLLU_START[[1, 3, 6, 7, 8, 16]] = 0.2, 0.04, 0.1, 0.3, 0.01, 0.007
-_RATES = (0.04, 3e7, 1e4)
-
 STIFF = {
-    "robertson 40": Stiff(robertson, (1.0, 0.0, 0.0), 40.0, _RATES, 1e-6),
-    "robertson 1e11": Stiff(robertson, (1.0, 0.0, 0.0), 1e11, _RATES, 1e-6),
+    "robertson 40": Stiff(robertson, (1.0, 0.0, 0.0), 40.0, ROBERTSON_RATES, 1e-6),
+    "robertson 1e11": Stiff(robertson, (1.0, 0.0, 0.0), 1e11, ROBERTSON_RATES, 1e-6),
     "hires": Stiff(hires, (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0057), 321.8122, None, 1e-4),
     "oregonator 30": Stiff(oregonator, (1.0, 2.0, 3.0), 30.0, None, 1e-6),
     "oregonator 360": Stiff(oregonator, (1.0, 2.0, 3.0), 360.0, None, 1e-6),
     "van der pol": Stiff(van_der_pol, (2.0, 0.0), 2.0, 1e-6, 1.0),
-    "pollu": Stiff(pollu, tuple(_POLLU_START), 60.0, np.array(POLLU_RATES), 1e-4),
+    "pollu": Stiff(pollu, POLLU_START, 60.0, POLLU_RATES, 1e-4),
     "e5": Stiff(e5, (1.76e-3, 0.0, 0.0, 0.0), 1e13, None, None),
 }
 

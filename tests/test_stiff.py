@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jode
-from tests.stiff import STIFF, brusselator, brusselator_start, robertson, solved, van_der_pol
+from jode.models.kinetics import robertson
+from tests.stiff import STIFF, brusselator, brusselator_start, solved, van_der_pol
 
 METHODS = {"rodas5p": jode.rodas5p, "rosenbrock23": jode.rosenbrock23}
 RATES = jnp.array([0.04, 3e7, 1e4])
@@ -186,7 +187,9 @@ def test_networks_take_implicit_steps_too():
     f = lambda t, y, w: jnp.tanh(w @ y)
     fine = jode.resnet(f, Y0, weights, method=jode.rk4)
     np.testing.assert_allclose(jode.resnet(f, Y0, weights, method=jode.rodas5p), fine, atol=3e-2)
-    pair = jode.odeint(lambda t, y, args: {"y": f(t, y["y"], args)}, {"y": Y0}, (0.0, 1.0), weights[0], solver=jode.Fixed(jode.rodas5p, 4))
+    pair = jode.odeint(
+        lambda t, y, args: {"y": f(t, y["y"], args)}, {"y": Y0}, (0.0, 1.0), weights[0], solver=jode.Fixed(jode.rodas5p, 4)
+    )
     exact = jode.odeint(f, Y0, (0.0, 1.0), weights[0], solver=jode.Adaptive(jode.dopri8, 1e-12, 1e-12))
     np.testing.assert_allclose(pair["y"], exact, atol=1e-7)
 
@@ -238,7 +241,9 @@ def test_gradients_by_the_rates_of_robertson():
 
 @pytest.mark.parametrize("adjoint", [jode.Backprop(None), jode.Backprop(4)], ids=str)
 def test_checkpoints_change_nothing(adjoint):
-    loss = lambda y, a, adjoint: jnp.sum(jode.odeint(wavy, y, TS, a, solver=jode.Adaptive(jode.rodas5p, 1e-8, 1e-8), adjoint=adjoint))
+    loss = lambda y, a, adjoint: jnp.sum(
+        jode.odeint(wavy, y, TS, a, solver=jode.Adaptive(jode.rodas5p, 1e-8, 1e-8), adjoint=adjoint)
+    )
     of = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
     for a, b in zip(jax.tree.leaves(of(Y0, A, adjoint)), jax.tree.leaves(of(Y0, A, jode.Backprop())), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12)
@@ -246,7 +251,9 @@ def test_checkpoints_change_nothing(adjoint):
 
 def test_the_continuous_adjoint_takes_implicit_steps_back():
     """Its integrals for parameters and times are taken on the interpolant."""
-    loss = lambda y, a, ts, adjoint: jnp.sum(jode.odeint(wavy, y, ts, a, solver=jode.Adaptive(jode.rodas5p, 1e-9, 1e-9), adjoint=adjoint))
+    loss = lambda y, a, ts, adjoint: jnp.sum(
+        jode.odeint(wavy, y, ts, a, solver=jode.Adaptive(jode.rodas5p, 1e-9, 1e-9), adjoint=adjoint)
+    )
     of = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=3)
     for a, b in zip(*(jax.tree.leaves(of(Y0, A, jnp.array(TS), x)) for x in (jode.Backsolve(), jode.Backprop())), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
@@ -348,7 +355,9 @@ EXPLICIT = [jode.bosh3, jode.dopri5, jode.tsit5, jode.dopri8]
 @pytest.mark.parametrize("method", EXPLICIT, ids=str)
 def test_an_explicit_solve_says_that_stability_kept_it_from_its_end(method):
     """Row by row: others of the batch run out of steps, or arrive, by their own accuracy."""
-    run = lambda eps, t1: jode.solve(van_der_pol, jnp.array([2.0, 0.0]), (0.0, t1), eps, solver=jode.Adaptive(method, max_steps=600))
+    run = lambda eps, t1: jode.solve(
+        van_der_pol, jnp.array([2.0, 0.0]), (0.0, t1), eps, solver=jode.Adaptive(method, max_steps=600)
+    )
     sol = jax.vmap(run)(jnp.array([1e-5, 1.0, 1.0]), jnp.array([1.0, 1.0, 1e5]))
     np.testing.assert_array_equal(sol.status, [jode.Status.stiff, jode.Status.success, jode.Status.max_steps])
     assert run(1e-5, 1.0).status == jode.Status.stiff

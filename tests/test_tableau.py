@@ -10,6 +10,7 @@ import pytest
 from jode import tableau as tb
 
 TABLEAUS = {t.name: t for t in vars(tb).values() if isinstance(t, tb.Tableau)}
+ROSENBROCK = {t.name: t for t in vars(tb).values() if isinstance(t, tb.RosenbrockTableau)}
 
 
 @cache
@@ -114,6 +115,62 @@ def test_wrong_tableaus_are_refused():
         replace(tb.RK4, a=((), (0.5,), (0.5,), (0.0, 0.0, 1.0)))
     with pytest.raises(ValueError, match="end slope"):
         replace(tb.HEUN, error=((-0.5, 0.5),))
+
+
+def implicit(alpha, beta, tree):
+    """The elementary weights Φ_i of a Rosenbrock method, whose slopes are linear in J: a vertex with one child counts with β = α + Γ, with
+    more children with α (Hairer & Wanner II, section IV.7).
+    """
+    out = np.ones(len(alpha))
+    for t in tree:
+        out = out * ((beta if len(tree) == 1 else alpha) @ implicit(alpha, beta, t))
+    return out
+
+
+def misses(t, b, order, theta=1.0):
+    """The worst residual of the conditions b · Φ(τ) = θ^|τ| / γ(τ) of a Rosenbrock method with weights b of its slopes."""
+    alpha, gamma, _ = t.classical
+    weights = b @ gamma
+    return max(abs(weights @ implicit(alpha, alpha + gamma, tree) - theta**order / density(tree)) for tree in trees(order))
+
+
+@pytest.mark.parametrize("t", ROSENBROCK.values(), ids=ROSENBROCK)
+def test_rosenbrock_methods_have_exactly_the_order_they_state(t):
+    b = np.array(t.b)
+    assert max(misses(t, b, n) for n in range(1, t.order + 1)) < 1e-12
+    assert misses(t, b, t.order + 1) > 1e-5
+    compared = b - np.array(t.error)
+    exact = min(n for n in range(1, 7) if misses(t, compared, n) > 1e-5) - 1
+    assert min(exact, t.order) == t.embedded_order
+
+
+@pytest.mark.parametrize("t", ROSENBROCK.values(), ids=ROSENBROCK)
+@pytest.mark.parametrize("theta", [0.2, 0.63, 1.0])
+def test_rosenbrock_interpolants_have_the_order_they_state(t, theta):
+    b = np.array(t.dense) @ theta ** np.arange(1, len(t.dense[0]) + 1)
+    assert max(misses(t, b, n, theta) for n in range(1, t.dense_order + 1)) < 1e-12
+
+
+@pytest.mark.parametrize("t", ROSENBROCK.values(), ids=ROSENBROCK)
+def test_rosenbrock_methods_are_l_stable(t):
+    """|R(z)| ≤ 1 on the imaginary axis and R(∞) = 0, with R(z) = 1 + z b (I - z (α + Γ))⁻¹ 1."""
+    alpha, gamma, b = t.classical
+    R = lambda z: 1 + z * b @ np.linalg.solve(np.eye(t.stages) - z * (alpha + gamma), np.ones(t.stages))
+    assert max(abs(R(1j * y)) for y in np.logspace(-3, 6, 2000)) <= 1 + 1e-9
+    assert abs(R(-1e10)) < 1e-8
+
+
+def test_explicit_methods_know_how_far_they_are_stable():
+    limits = {"euler": 2.0, "heun": 2.0, "bosh3": 2.513, "rk4": 2.785, "dopri5": 3.307}
+    for name, limit in limits.items():
+        assert abs(TABLEAUS[name].stability - limit) < 0.02
+
+
+def test_wrong_rosenbrock_tableaus_are_refused():
+    with pytest.raises(ValueError, match="sum to c and d"):
+        replace(tb.ROSENBROCK23, gamma=0.3)
+    with pytest.raises(ValueError, match="3 weights need 3"):
+        replace(tb.ROSENBROCK23, c=(0.0, 0.5))
 
 
 def test_a_perturbed_coefficient_is_caught():

@@ -27,11 +27,11 @@ class Backsolve(Adjoint):
     where a jumps by the cotangent g_i at save time t_i and y restarts from the state saved there. Memory does not depend on the
     number of steps. The gradient is not that of the numbers computed: it is off by about the tolerance of both solves.
 
-    `solver` is that of the way back (`Fixed` or `Adaptive`, of a Runge-Kutta or Rosenbrock method), by default the one of the solve. Its steps
-    are controlled by y and a alone, where a component of a has the absolute tolerance of that component of y; the integrals for θ
-    and t0 are quadratures over the steps taken (the seminorm of Kidger, Chen & Lyons 2021). Where y cannot be solved backwards
-    (its solutions contract, or are chaotic) the way back strays from the states saved: rows off by more than `max_drift` of their
-    size, or whose way back fails, get NaN for a gradient.
+    `solver` is that of the way back (`Fixed` or `Adaptive`, of a Runge-Kutta or Rosenbrock method), by default the one of the
+    solve. Its steps are controlled by y and a alone, where a component of a has the absolute tolerance of that component of y;
+    the integrals for θ and t0 are quadratures over the steps taken (the seminorm of Kidger, Chen & Lyons 2021). Where y cannot be
+    solved backwards (its solutions contract, or are chaotic) the way back strays from the states saved: rows off by more than
+    `max_drift` of their size, or whose way back fails, get NaN for a gradient.
     """
 
     solver: Any = None
@@ -52,8 +52,8 @@ class Backsolve(Adjoint):
             )
         if back.method.parts > 1:
             return (
-                f"Backsolve needs a Runge-Kutta or Rosenbrock method on the way back, and {back.method!r} carries more than y: give "
-                "Backsolve(solver=...)"
+                f"Backsolve needs a Runge-Kutta or Rosenbrock method on the way back, and {back.method!r} carries more than y: "
+                "give Backsolve(solver=...)"
             )
         return f"Backsolve: {refusal}" if (refusal := back.refusal()) else None
 

@@ -40,8 +40,9 @@ class Stats(NamedTuple):
 
     `nfe` counts evaluations of the vector field; `steps` = `accepted` + `rejected`. `nfe_backward` counts the evaluations
     that a gradient by the chosen adjoint takes besides: one per stage, each differentiated too, and those of steps taken again;
-    zero where it is not known (`Backsolve`). On a CPU small states (32 components) take one more per stage, not counted. An implicit
-    method evaluates `jacobians` (each of n + 1 forward derivatives of the field, not in `nfe`) and factorises matrices besides.
+    zero where it is not known (`Backsolve`). On a CPU small states (32 components) take one more per stage, not counted. An
+    implicit method evaluates `jacobians` (each of n + 1 forward derivatives of the field, not in `nfe`) and factorises matrices
+    besides.
     """
 
     nfe: Int32[Array, ""]

@@ -110,7 +110,7 @@ class March:
     jump: Callable | None = None  # the state after jump k, of all rows: (t, y, params, k)
     jac: Callable | None = None  # the Jacobian that was given, of all rows
     functions: tuple = ()  # what observers look by, of all rows
-    alone: Callable | None = None  # the vector field of one trajectory
+    alone: Any = None  # the vector field of one trajectory
     keeps_resets: bool = False  # whether states that are reset are kept, for a way back that cannot take the step again
     few: int = 0  # the loop ends where no more rows than this want another step
 
@@ -137,9 +137,7 @@ class March:
         """The step of width h from t, the i-th of all."""
         params = at_nodes(problem.params, i, self.plan.degree) if i is not None else problem.params
         flags = self.mapped and self.mapped.params
-        return Window(
-            self.F, self.rows, t, h, params, kept=self.kept, long=self.long, alone=self.alone, mapped=flags, jac=self.jac
-        )
+        return Window(self.F, self.rows, t, h, params, kept=self.kept, long=self.long, alone=self.alone, mapped=flags, jac=self.jac)
 
     def save_times(self, problem: Problem) -> Array:
         """The save times, which come first among the given ones."""

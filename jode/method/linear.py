@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from jode.rows import Rows
-from jode.tree import State, real_dtype, widest
+from jode.tree import State, widest
 from jode.tuning import INVERTED, WRITTEN_OUT
 from jode.window import Window
 
@@ -41,7 +41,7 @@ def joined(rows: Rows, s: State, lead: int = 0) -> Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=_axis(rows) + lead)
 
 
-def parted(rows: Rows, v: Array, like: State, lead: int = 0) -> State:
+def parted(rows: Rows, v: Array, like: Any, lead: int = 0) -> State:
     """The inverse of `joined`, in the dtypes of `like`, which has no more axes."""
     out, start, axis = [], 0, _axis(rows)
 
@@ -160,10 +160,11 @@ def factored(W: Array) -> Callable:
 def banded(window: Window, s: State, gamma: float, lower: int, upper: int) -> System:
     """By the bands of the matrix: lower + upper + 1 forward derivatives of f, whose directions share no component of f.
 
-    W is a block tridiagonal matrix with blocks of size m = max(lower, upper), eliminated block by block: O(n m²) products. Pivots are
-    chosen within blocks alone, so the residual is looked at: a system that is not solved to 1e-3 (in float32, else 1e-6) has failed.
+    W is a block tridiagonal matrix with blocks of size m = max(lower, upper), eliminated block by block: O(n m²) products. Pivots
+    are chosen within blocks alone, so the residual is looked at: a system that is not solved to 1e-3 (in float32, else 1e-6) has
+    failed.
     """
-    if len(s) > 1 or jnp.iscomplexobj(s[0]):
+    if len(s) > 1 or any(map(jnp.iscomplexobj, s)):
         raise ValueError("bands are those of states of one real dtype: use jac or krylov, or give real and imaginary parts in turn")
     rows, y = window.rows, joined(window.rows, s)
     n, m = y.shape[_axis(rows)], max(lower, upper, 1)
@@ -249,7 +250,10 @@ def krylov(window: Window, s: State, gamma: float, solver: Any) -> System:
     rows = window.rows
     n = joined(rows, s).shape[_axis(rows)]
     slope, bend, _ = along(window, s, jnp.zeros((0, n)))
-    y, like = rows.from_layout(joined(rows, s)), tuple(jax.ShapeDtypeStruct(x.shape[_axis(rows) : _axis(rows) + 1], x.dtype) for x in s)
+    y, like = (
+        rows.from_layout(joined(rows, s)),
+        tuple(jax.ShapeDtypeStruct(x.shape[_axis(rows) : _axis(rows) + 1], x.dtype) for x in s),
+    )
 
     def one(window: Window, y: Array, r: Array) -> tuple[Array, Array]:
         F = lambda y: joined(Rows(), window(0.0, parted(Rows(), y, like)))

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax import Array
 
 import jode.tableau as tb
 from jode.method.base import Method, Step
 from jode.method.linear import System, banded, dense, krylov
 from jode.tableau import RosenbrockTableau
-from jode.tree import State, increment
+from jode.tree import State, increment, increment_stacked, put, stack_zeros, unstack
 from jode.window import Window
 
 
 @dataclass(frozen=True)
 class Rosenbrock(Method):
-    """(I - h γ J) k_i = γ (f(t + c_i h, y + h Σ_j a_ij k_j) + Σ_j C_ij k_j + d_i h ∂f/∂t), y1 = y + h Σ b_i k_i, J = ∂f/∂y at (t, y):
-    a linearly implicit method for stiff problems, given by its tableau.
+    """(I - h γ J) k_i = γ (f(t + c_i h, y + h Σ_j a_ij k_j) + Σ_j C_ij k_j + d_i h ∂f/∂t), y1 = y + h Σ b_i k_i, J = ∂f/∂y at (t,
+    y): a linearly implicit method for stiff problems, given by its tableau.
 
     Local error O(h^(p+1)), global O(h^p) for order p where the problem is not stiff; very stiff ones lower the order. A step costs
     one evaluation of f per stage, one Jacobian (n forward derivatives of f for n components, and one in time) and one factorisation
@@ -62,17 +64,54 @@ class Rosenbrock(Method):
         return banded(window, s, gamma, *self.bands) if self.bands else dense(window, s, gamma)
 
     def step(self, window: Window, s: State, slope: Any = ()) -> Step:
-        t, h, one = self.tableau, window.h, jnp.ones((), window.h.dtype)
+        return self._looped(window, s) if window.long else self._written_out(window, s)
+
+    def _written_out(self, window: Window, s: State) -> Step:
+        t, h = self.tableau, window.h
         f, bend, solve = self.system(window, s)
         ks, found = [], []
         for i in range(t.stages):
             f = window(t.c[i], increment(s, h, t.a[i], ks)) if i else f
-            r = tuple((t.gamma * x).astype(x.dtype) for x in f)
-            r = increment(r, one, tuple(t.gamma * x for x in (*t.C[i], t.d[i])), [*ks, bend])
-            k, ok = solve(r)
+            k, ok = solve(increment(_scaled(t.gamma, f), _one(h), [t.gamma * x for x in (*t.C[i], t.d[i])], [*ks, bend]))
             ks.append(k)
             found += [] if ok is None else [ok]
         return Step(increment(s, h, t.b, ks), ks, reduce(jnp.logical_and, found) if found else None)
+
+    def _looped(self, window: Window, s: State) -> Step:
+        """The same with the stages after the first in a loop: f stands there once."""
+        t, h = self.tableau, window.h
+        f, bend, solve = self.system(window, s)
+        table = lambda rows: jnp.asarray([[*row, *[0.0] * (t.stages - len(row))] for row in rows], h.dtype)
+        k, ok = solve(increment(_scaled(t.gamma, f), _one(h), [t.gamma * t.d[0]], [bend]))
+        K = put(stack_zeros(t.stages, s), 0, k)
+        c, d, a, C = (
+            x[1:] for x in (jnp.asarray(t.c, h.dtype), t.gamma * jnp.asarray(t.d, h.dtype), table(t.a), t.gamma * table(t.C))
+        )
+
+        def stage(carry: tuple, xs: tuple) -> tuple:
+            (i, K, found), (c, d, a, C) = carry, xs
+            r = increment_stacked(_scaled(t.gamma, window(c, increment_stacked(s, h, a, K))), _one(h), C, K)
+            k, ok = solve(increment(r, d, [1.0], [bend]))
+            return (i + 1, put(K, i, k), found if ok is None else found & ok), None
+
+        (_, K, ok), _ = jax.lax.scan(stage, (jnp.ones((), jnp.int32), K, ok), (c, d, a, C))
+        ks = unstack(K, t.stages)
+        return Step(increment(s, h, t.b, ks), ks, ok)
+
+    def pullback(self, window: Window, s: State, dense: bool, rolled: bool) -> tuple[State | None, Callable]:
+        """As for every method; `rolled` puts the stages of a batch in a loop: HIRES, 200 rows, takes 0.27 s so and 0.40 s written
+        out, one trajectory of POLLU 8 ms so and 2 ms written out.
+        """
+        looped = window.long or (rolled and window.rows.size is not None)
+        return super().pullback(replace(window, long=looped), s, dense, rolled)
+
+
+def _scaled(gamma: float, f: State) -> State:
+    return tuple((gamma * x).astype(x.dtype) for x in f)
+
+
+def _one(h: Array) -> Array:
+    return jnp.ones((), h.dtype)
 
 
 rodas5p = Rosenbrock(tb.RODAS5P)

@@ -57,7 +57,19 @@ class Observed(Method):
     measured: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        names = ("order", "embedded_order", "evaluations", "trials", "starts", "extra", "parts", "growth", "error", "dense", "jacobians")
+        names = (
+            "order",
+            "embedded_order",
+            "evaluations",
+            "trials",
+            "starts",
+            "extra",
+            "parts",
+            "growth",
+            "error",
+            "dense",
+            "jacobians",
+        )
         self.__dict__.update({name: getattr(self.method, name) for name in names})
 
     def for_steps(self, most: int) -> Observed:
