@@ -115,7 +115,7 @@ def solve(
         _check_stops(solver, adjoint)
     dynamic, static = partition((f, args, solver, asked, looks, stops, jumps), DATA)
     dynamic = [jnp.asarray(x) for x in dynamic]
-    functions = [f, jumps and jumps[1], *asked.functions]
+    functions = [f, solver.method.jac, jumps and jumps[1], *asked.functions]
     untraced = not any(map(_holds_tracers, functions))
     run = _solve_jitted if hashable((static, adjoint)) and untraced else _solve
     checked = all(concrete(x) for x in (ts, stops, jumps and jumps[0], *jax.tree.leaves(solver)))

@@ -51,7 +51,7 @@ class Rosenbrock(Method):
             raise ValueError(f"{self!r}: bands must be two ints, how many below and above the diagonal, got {self.bands!r}")
         t = self.tableau
         of_t = {"order": t.order, "embedded_order": t.embedded_order, "error": (t.error,), "dense": t.dense}
-        self.__dict__.update(of_t, evaluations=t.needed, trials=t.stages, jacobians=1)
+        self.__dict__.update(of_t, evaluations=t.stages, trials=t.stages, jacobians=1)
 
     def __repr__(self) -> str:
         return f"jode.{self.tableau.name}"

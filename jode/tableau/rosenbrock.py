@@ -51,13 +51,8 @@ class RosenbrockTableau:
 
     @property
     def stages(self) -> int:
-        """Stages, those of the error estimate too."""
+        """Stages, and so evaluations of f, those of the error estimate too."""
         return len(self.b)
-
-    @property
-    def needed(self) -> int:
-        """Stages, and so evaluations of f, that y1 needs."""
-        return 1 + max(i for i, b in enumerate(self.b) if b)
 
     @property
     def classical(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
