@@ -56,6 +56,10 @@ class Rosenbrock(Method):
     def __repr__(self) -> str:
         return f"jode.{self.tableau.name}"
 
+    def for_steps(self, most: int) -> Rosenbrock:
+        """Without `jac`, which may close over tracers: the march has it as a function of its parameters."""
+        return replace(self, jac=None)
+
     def system(self, window: Window, s: State) -> System:
         """f, h ∂f/∂t, and how to solve (I - h γ J) x = r, at the start of a step from s."""
         gamma = self.tableau.gamma
