@@ -115,6 +115,40 @@ def test_every_discrete_adjoint_goes_back_through_jumps(solver, adjoint):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-8), got, want)
 
 
+@pytest.mark.parametrize("method", [jode.dopri5, jode.Reversible(jode.bosh3)], ids=repr)
+@pytest.mark.parametrize("solver", [jode.Fixed(jode.rk4, 40), jode.Adaptive(rtol=1e-8, atol=1e-8)], ids=["fixed", "adaptive"])
+def test_inverse_steps_start_from_what_was_before_each_jump(solver, method):
+    """Beside jumps that never come, times that an observer looks at, and events within steps that end at a jump."""
+    times, xs = jnp.array([jnp.inf, 0.7, 1.9]), jnp.array([9.0, 2.0, 3.0])
+    solver = replace(solver, method=method)
+
+    def seen(k, times, xs, adjoint, event):
+        observe = [jode.At([0.2, 0.6], lambda t, y, k: y[0]), *([event] if event else [])]
+        options = {"solver": solver, "adjoint": adjoint, "observe": observe, "jumps": (times, add, xs)}
+        sol = jode.solve(decay, jnp.array([1.0, 0.5]), (0.0, 2.5), k, **options)
+        at, *crossing = sol.observed
+        return jnp.sum(at**2) + (crossing[0].t if event else jnp.sum(sol.ys[-1] ** 2))
+
+    for event in (None, jode.Event(lambda t, y, k: y[0] - jnp.exp(-0.69 * k), direction=-1)):
+        x = (1.3, times, xs)
+        got = jax.grad(seen, (0, 1, 2))(*x, jode.MemoryFree(), event)
+        want = jax.grad(seen, (0, 1, 2))(*x, jode.Backprop(), event)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-7), got, want)
+
+
+@pytest.mark.parametrize("solver", [jode.Adaptive(), jode.Fixed(jode.rk4, 3)], ids=["adaptive", "fixed"])
+@pytest.mark.parametrize("derivative", [jax.grad, jax.jacfwd], ids=["grad", "jacfwd"])
+def test_between_a_stop_and_an_equal_jump_f_is_what_it_is_after_the_stop(solver, derivative):
+    """y' = a before S and b after it, y doubles at T: y(1) = 2 (a S + b (T - S)) + b (1 - T) for S <= T."""
+
+    def end(S, T):
+        f = lambda t, y, S: jnp.where(t < S, 2.0, -3.0)
+        return jode.odeint(f, 0.0, (0.0, 1.0), S, solver=solver, stops=S[None], jumps=(T[None], lambda t, y, S: 2 * y))[-1]
+
+    got = derivative(end, (0, 1))(jnp.float64(0.37), jnp.float64(0.37))
+    np.testing.assert_allclose(got, (2 * 5.0, -3.0), rtol=0, atol=1e-12)
+
+
 def test_second_derivatives_go_through_jumps():
     x = (1.3, 0.7, TIMES[1:3], AMOUNTS[1:3])
     loss = lambda *x: doses(FINE, *x).ys[-1] ** 2
