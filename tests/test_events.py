@@ -188,6 +188,39 @@ def test_a_function_at_times_of_its_own(solver):
     np.testing.assert_allclose(rows[1][:4], out["energy"][:4], rtol=1e-11)
 
 
+@pytest.mark.optimized
+def test_ten_numbers_of_ten_thousand_take_a_tenth_of_the_memory_of_the_states():
+    """At 401 times, with their gradient, and they are those of the states to rounding."""
+    n, ts = 10_000, jnp.linspace(0.0, 1.0, 401)
+    project = jnp.sin(jnp.arange(10.0 * n)).reshape(10, n) / n
+    f = lambda t, y, k: -k * jnp.roll(y, 1) - y**3
+    solver, adjoint = jode.Adaptive(jode.tsit5, 1e-6, 1e-6, max_steps=64), jode.Backprop(8)
+
+    def of_states(y0, k):
+        return jode.odeint(f, y0, ts, k, solver=solver, adjoint=adjoint) @ project.T
+
+    def states(y0, k):
+        return jode.odeint(f, y0, ts, k, solver=solver, adjoint=adjoint)
+
+    def seen(y0, k):
+        at = jode.At(ts, lambda t, y, k: project @ y)
+        return jode.solve(f, y0, (0.0, 1.0), k, solver=solver, adjoint=adjoint, observe=at).observed
+
+    def compiled(f):
+        program = jax.jit(f).lower(*x).compile()
+        memory = program.memory_analysis()
+        return program(*x), memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+    x = (jnp.cos(jnp.arange(float(n))), jnp.float64(1.1))
+    (ys, all_), (values, few) = compiled(states), compiled(seen)
+    np.testing.assert_allclose(values, ys @ project.T, rtol=0, atol=1e-14)  # sums of 10,000 terms in another order
+    assert 10 * few < all_
+    square = lambda f: jax.grad(lambda *x: jnp.sum(f(*x) ** 2), (0, 1))
+    (want, all_), (got, few) = compiled(square(of_states)), compiled(square(seen))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-14), got, want)
+    assert 10 * few < all_
+
+
 def test_wrong_use_is_refused_in_words():
     f = lambda t, y, args: -y
     solve = lambda observe, **kw: jode.solve(f, 1.0, (0.0, 1.0), observe=observe, **kw)

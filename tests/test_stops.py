@@ -55,6 +55,39 @@ def test_doses_are_the_closed_form_and_so_are_their_gradients(solver):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11), got, jax.jacfwd(loss, (0, 1, 2, 3))(*x))
 
 
+RATES = jnp.array([[-0.9, 0.3], [0.5, -0.3]])  # elimination 0.4 and exchange between blood and tissue
+
+
+def two_compartments(t, rates, times, amounts):
+    """Amounts in blood and tissue at t, by eigenvectors: each dose into the blood decays from its time on."""
+    d = jnp.sqrt((rates[0, 0] - rates[1, 1]) ** 2 + 4 * rates[0, 1] * rates[1, 0])
+    trace = rates[0, 0] + rates[1, 1]
+    slow, fast = (trace + d) / 2, (trace - d) / 2
+    since = jnp.where(times < t, t - times, 0)
+    given = jnp.where(times < t, amounts, 0)
+    a, b = given * jnp.exp(slow * since), given * jnp.exp(fast * since)  # exp(M t) = Σ exp(λ t) (M - other λ) / (λ - other λ)
+    blood = jnp.sum(a * (rates[0, 0] - fast) - b * (rates[0, 0] - slow)) / d
+    return jnp.stack([blood, jnp.sum(a - b) * rates[1, 0] / d])
+
+
+@pytest.mark.parametrize(
+    "solver", [jode.Adaptive(jode.dopri8, 1e-12, 1e-13), jode.Fixed(jode.dopri8, 12)], ids=["adaptive", "fixed"]
+)
+def test_twelve_doses_into_two_compartments_are_the_matrix_exponential(solver):
+    times, amounts = 6.0 * jnp.arange(12.0) + 0.3 * jnp.sin(jnp.arange(12.0)), 1.0 + 0.1 * jnp.arange(12.0)
+    ts = jnp.linspace(-1.0, 75.0, 20)
+
+    def solved(times, amounts):
+        dose = lambda t, y, rates, x: y.at[0].add(x)
+        return jode.odeint(lambda t, y, rates: rates @ y, jnp.zeros(2), ts, RATES, solver=solver, jumps=(times, dose, amounts))
+
+    exact = lambda times, amounts: jax.vmap(lambda t: two_compartments(t, RATES, times, amounts))(ts)
+    np.testing.assert_allclose(solved(times, amounts), exact(times, amounts), rtol=0, atol=1e-10)
+    weights = jnp.cos(jnp.arange(40.0)).reshape(20, 2)
+    got, want = (jax.grad(lambda *x: jnp.sum(weights * f(*x) ** 2), (0, 1))(times, amounts) for f in (solved, exact))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-8), got, want)
+
+
 @pytest.mark.parametrize("solver", [FINE, SOLVERS["fixed"]], ids=["adaptive", "fixed"])
 def test_rows_have_schedules_of_their_own(solver):
     key = jax.random.key(0)
