@@ -112,6 +112,14 @@ def test_rows_have_schedules_of_their_own(solver):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-8), got, want)
 
 
+@pytest.mark.parametrize("solver", [jode.Adaptive(rtol=1e-10, atol=1e-10), SOLVERS["fixed"]], ids=["adaptive", "fixed"])
+def test_rows_that_share_a_schedule_have_gradients(solver):
+    end = lambda y0, T: doses(solver, 1.3, y0, T[None], jnp.ones(1), ts=(0.0, 1.0)).ys[-1]
+    slopes = jax.vmap(jax.grad(end, (0, 1)), (0, None))(jnp.array([0.7, 0.1]), jnp.float64(0.5))
+    np.testing.assert_allclose(slopes[0], np.exp(-1.3), rtol=1e-8)
+    np.testing.assert_allclose(slopes[1], 1.3 * np.exp(-0.65), rtol=1e-8)
+
+
 EQUAL, FOUND = jode.Fixed(jode.dopri8, 12), jode.Adaptive(jode.dopri8, 1e-12, 1e-12)
 CASES = [(a, s) for a in (jode.Backprop(None), jode.Backprop(4), jode.MemoryFree()) for s in (EQUAL, FOUND)]
 CASES += [(jode.MemoryFree(), replace(s, method=jode.Reversible(jode.dopri8))) for s in (replace(EQUAL, steps=40), FOUND)]

@@ -88,7 +88,7 @@ class FixedStops(Fixed):
 
     def limited(self, march: Any, problem: Problem, grid: Grid, i: Array, window: Window) -> Window:
         j = i // self.bound(march, problem)
-        later = march.rows.spread(jnp.where(direction(march.save_times(problem)) > 0, j + 1, j))
+        later = jnp.where(direction(march.save_times(problem)) > 0, j + 1, j)
         end = march.rows.pick(problem.ts, later)
         limit = jnp.where(march.mark(problem, later) >= 0, just_before(end), end)
         return _seeing_up_to(limit, window, direction(march.save_times(problem)))

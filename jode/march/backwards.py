@@ -48,7 +48,7 @@ def pull(
         sbar = where(landed, _saved(march, sbar, take(g.ys, q)), sbar)
     nothing = jnp.zeros_like(h), jnp.zeros_like(t), zeros_like(s), zeros_like(K) if K is not None else ()
     bars = Bars(*nothing, c.ts, zeros_like(s1), c.shared)
-    seen, nexts = Seen(window, s, [], None, None, None, s1=s1), []
+    seen, nexts = Seen(window, s, [], None, None, i, s1=s1), []
     for w, left_to, bar, values in zip(
         march.watches, c.next, _by_watch(march, g.ys, g.observed), _by_watch(march, (), g.values), strict=True
     ):
