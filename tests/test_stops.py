@@ -253,6 +253,13 @@ def test_the_time_of_a_stop_has_a_gradient(solver, derivative):
     np.testing.assert_allclose(derivative(lambda T: end(T, -1))(jnp.float64(0.37)), -5.0, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("solver", [jode.Adaptive(), jode.Fixed(jode.rk4, 3)], ids=["adaptive", "fixed"])
+def test_a_solve_over_no_time_has_the_slope_at_a_stop_for_its_derivative(solver):
+    end = lambda t: jode.odeint(decay, 1.0, jnp.stack([jnp.ones(()), t]), 1.3, solver=solver, stops=[1.0])[-1]
+    for derivative in (jax.grad, jax.jacfwd):
+        np.testing.assert_allclose(derivative(end)(jnp.float64(1.0)), -1.3, rtol=1e-14)
+
+
 @pytest.mark.parametrize("way", [1, -1], ids=["on", "back"])
 def test_an_input_held_between_its_knots_is_solved_to_the_order_of_the_method(way):
     knots = jnp.linspace(0.0, 2.0, 9)
@@ -312,6 +319,11 @@ def test_wrong_use_is_refused_in_words():
         solve(stops=[jnp.nan])
     with pytest.raises(ValueError, match="lead with an entry for each time"):
         solve(jumps=([0.5], g, jnp.ones(2)))
+    with pytest.raises(ValueError, match=r"a list of numbers is a pytree"):
+        solve(jumps=([0.5], g, [2.0]))
+    with pytest.raises(TypeError) as error:
+        solve(jumps=([0.5], lambda t, y, args, x: y))
+    assert "the g of jumps" in error.value.__notes__[0]
     with pytest.raises(ValueError, match="Backsolve"):
         solve(stops=[0.5], adjoint=jode.Backsolve())
     with pytest.raises(TypeError, match=r"g\(t, y, args\) must return the structure"):
