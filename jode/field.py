@@ -66,7 +66,7 @@ def close(
             buckets[bucket].append(x)
         return places
 
-    def traced(g: Callable, *numbers: Any) -> tuple[Callable, Any, Any]:
+    def traced(g: Callable, *numbers: Any, name: str = "f(t, y, args)") -> tuple[Callable, Any, Any]:
         """A function of (t, packed state, params, *numbers) that returns leaves; what g returns; what was traced."""
 
         def flat(t: Array, y: list, given: list, *numbers: Array) -> Any:
@@ -76,7 +76,7 @@ def close(
             closed, out = jax.make_jaxpr(flat, return_shape=True)(jax.ShapeDtypeStruct((), time), y, example, *numbers)
         except (TypeError, ValueError, IndexError) as e:
             shapes = ", ".join(f"{d}{list(s)}" for s, d in zip(layout.shapes[:4], layout.dtypes, strict=False))
-            e.add_note(f"jode called f(t, y, args) with t a scalar and y0 of {shapes}; solve's own order is f, y0, ts, args")
+            e.add_note(f"jode called {name} with t a scalar and y of {shapes}; solve's own order is f, y0, ts, args")
             raise
         jaxpr = closed.jaxpr  # the function below holds no constants: they may be tracers
         consts = kept_in([jnp.asarray(c) for c in closed.consts], [False] * len(closed.consts))
@@ -89,11 +89,12 @@ def close(
 
     evaluate, out, jaxpr = traced(f)
     _check_slope(out[0] if observing else out, y0, layout, time)
-    evaluate_jump, out, _ = traced(jump, jax.ShapeDtypeStruct((), jnp.int32)) if jump else (None, None, None)
+    jumping = "the g of jumps, g(t, y, args), or g(t, y, args, x) where there are xs,"
+    evaluate_jump, out, _ = traced(jump, jax.ShapeDtypeStruct((), jnp.int32), name=jumping) if jump else (None, None, None)
     if jump:
         _check_slope(out, y0, layout, time, "g")
-    jacobian = jac and _jacobian(*traced(jac)[:2], y0[0] if observing else y0, layout)
-    looked = [g and traced(g) for g in looks]
+    jacobian = jac and _jacobian(*traced(jac, name="jac(t, y, args)")[:2], y0[0] if observing else y0, layout)
+    looked = [g and traced(g, name="the g(t, y, args) of an observer") for g in looks]
     places = kept_in(given, lead)
     packed = lambda leaves: layout.pack([jnp.asarray(k, d) for k, d in zip(leaves, layout.dtypes, strict=True)])
 

@@ -321,7 +321,10 @@ def _jumps(jumps: Any, ts: Any) -> Any:
     times, xs = _stops(jumps[0], ts, "the times of jumps"), jumps[2] if len(jumps) == 3 else None
     for x in jax.tree.leaves(xs):
         if np.shape(x)[:1] != (0 if times is None else times.shape[0],):
-            raise ValueError(f"every array in the xs of jumps must lead with an entry for each time, got shape {np.shape(x)}")
+            raise ValueError(
+                f"every array in the xs of jumps must lead with an entry for each time, got shape {np.shape(x)}: a list of "
+                "numbers is a pytree, jnp.asarray makes an array of it"
+            )
     return None if times is None else (times, jumps[1], jax.tree.map(jnp.asarray, xs))
 
 

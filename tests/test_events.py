@@ -188,6 +188,88 @@ def test_a_function_at_times_of_its_own(solver):
     np.testing.assert_allclose(rows[1][:4], out["energy"][:4], rtol=1e-11)
 
 
+@pytest.mark.parametrize("solver", [FINE, jode.Fixed(jode.rk4, 40)], ids=["adaptive", "fixed"])
+def test_what_is_seen_at_the_start_is_before_a_jump_there_and_so_are_its_derivatives(solver):
+    """By At and by Dense; the derivative by time is along the slope before the jump."""
+
+    def seen(y0, x, t):
+        observe = [jode.At(t[None], lambda t, y, k: y**2), jode.Dense(200)]
+        jumps = (jnp.zeros(1), lambda t, y, k, x: y + x, x[None])
+        at, p = jode.solve(lambda t, y, k: -k * y, y0, (0.0, 1.0), 1.3, solver=solver, observe=observe, jumps=jumps).observed
+        return jnp.stack([at[0], p(t) ** 2])
+
+    x = (0.7, jnp.float64(1.0), jnp.float64(0.0))
+    np.testing.assert_allclose(seen(*x), 0.49, rtol=1e-14)
+    for derivative in (jax.jacrev, jax.jacfwd):
+        for got, want in zip(derivative(seen, (0, 1, 2))(*x), (1.4, 0.0, -2 * 1.3 * 0.49), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-13)
+    rows = jax.vmap(jax.grad(lambda y0: jnp.sum(seen(y0, *x[1:]))))(jnp.array([0.7, 0.1]))
+    np.testing.assert_allclose(rows, [2.8, 0.4], rtol=1e-13)
+
+
+def test_equal_steps_over_no_time_see_the_initial_state():
+    end = lambda y0: (
+        jode.solve(
+            lambda t, y, k: -y,
+            y0,
+            (1.0, 1.0),
+            solver=jode.Fixed(jode.rk4, 3),
+            observe=[jode.At([1.0], lambda t, y, k: y), jode.Dense()],
+        ).observed
+    )
+    value = lambda y0: jnp.stack([end(y0)[0][0], end(y0)[1](1.0)])
+    np.testing.assert_array_equal(value(0.7), 0.7)
+    np.testing.assert_array_equal(jax.jacrev(value)(0.7), 1.0)
+    assert np.isnan(end(0.7)[1](jnp.array([0.9, 1.1]))).all()
+
+
+def test_a_row_is_not_harmed_by_what_g_would_be_far_from_its_step():
+    """One row has a time to look at early, the other late, where its first polynomial is far below zero or above one."""
+    at = jnp.array([[0.02, 1.99], [1.98, 1.99]])
+    g = lambda t, y, k: jnp.sqrt(y) + jnp.sqrt(1.01 - y)
+
+    def total(k):
+        run = lambda at, k: jode.solve(lambda t, y, k: -k * y, 1.0, (0.0, 2.0), k, solver=FINE, observe=jode.At(at, g)).observed
+        return jnp.sum(jax.vmap(run)(at, k))
+
+    k = jnp.array([1.0, 2.0])
+    exact = lambda k: jnp.sum(g(0, jnp.exp(-k[:, None] * at), 0))
+    np.testing.assert_allclose(jax.grad(total)(k), jax.grad(exact)(k), rtol=1e-7)
+
+
+@pytest.mark.optimized
+def test_ten_numbers_of_ten_thousand_take_a_tenth_of_the_memory_of_the_states():
+    """At 401 times, with their gradient, and they are those of the states to rounding."""
+    n, ts = 10_000, jnp.linspace(0.0, 1.0, 401)
+    project = jnp.sin(jnp.arange(10.0 * n)).reshape(10, n) / n
+    f = lambda t, y, k: -k * jnp.roll(y, 1) - y**3
+    solver, adjoint = jode.Adaptive(jode.tsit5, 1e-6, 1e-6, max_steps=64), jode.Backprop(8)
+
+    def of_states(y0, k):
+        return jode.odeint(f, y0, ts, k, solver=solver, adjoint=adjoint) @ project.T
+
+    def states(y0, k):
+        return jode.odeint(f, y0, ts, k, solver=solver, adjoint=adjoint)
+
+    def seen(y0, k):
+        at = jode.At(ts, lambda t, y, k: project @ y)
+        return jode.solve(f, y0, (0.0, 1.0), k, solver=solver, adjoint=adjoint, observe=at).observed
+
+    def compiled(f):
+        program = jax.jit(f).lower(*x).compile()
+        memory = program.memory_analysis()
+        return program(*x), memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+    x = (jnp.cos(jnp.arange(float(n))), jnp.float64(1.1))
+    (ys, all_), (values, few) = compiled(states), compiled(seen)
+    np.testing.assert_allclose(values, ys @ project.T, rtol=0, atol=1e-14)  # sums of 10,000 terms in another order
+    assert 10 * few < all_
+    square = lambda f: jax.grad(lambda *x: jnp.sum(f(*x) ** 2), (0, 1))
+    (want, all_), (got, few) = compiled(square(of_states)), compiled(square(seen))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-14), got, want)
+    assert 10 * few < all_
+
+
 def test_wrong_use_is_refused_in_words():
     f = lambda t, y, args: -y
     solve = lambda observe, **kw: jode.solve(f, 1.0, (0.0, 1.0), observe=observe, **kw)

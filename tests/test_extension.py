@@ -10,6 +10,7 @@ import pytest
 import jode
 from jode.control import Equal
 from jode.march import March
+from jode.observe import Table
 
 A, Y0, TS = 0.8, jnp.array([1.0, 0.4]), (0.0, 0.7, 2.0)
 
@@ -90,6 +91,26 @@ class Largest(jode.Observer):
         return kept
 
 
+# --- a table: what each step says of itself
+
+
+@dataclass(frozen=True)
+class Action(Table):
+    """Σ |Δy|² / |h| over the steps taken, from a table of their ends, widths and moves."""
+
+    def shapes(self, plan):
+        return (jax.ShapeDtypeStruct((1,), plan.time), jax.ShapeDtypeStruct((2,), plan.layout.packed[0].dtype))
+
+    def entry(self, march, t, h, end, s, s1, ks):
+        rows, (before,), (after,) = march.rows, march.method.read(s), march.method.read(s1)
+        return rows.as_vector(end), rows.joined([rows.as_vector(h), rows.as_vector(rows.sum((after - before) ** 2))])
+
+    def result(self, entries, reached, unflatten):
+        ends, (width, move) = entries[0][:, 0], entries[1].T
+        taken = ~jnp.isnan(ends)
+        return jnp.sum(jnp.where(taken, move, 0) / jnp.where(taken, jnp.abs(width), 1))
+
+
 # --- an adjoint: plain automatic differentiation of a loop of static length
 
 
@@ -130,6 +151,11 @@ SOLVES = {
     "observer, adaptive": {"solver": jode.Adaptive(jode.bosh3, 1e-4, 1e-4), "observe": [Largest()]},
     "observer, recomputed": {"solver": jode.Fixed(jode.heun, 12), "observe": Largest(), "adjoint": jode.Backprop(3)},
     "observer, network": {"solver": jode.Layers(jode.euler), "observe": Largest()},
+    "table, fixed": {"solver": jode.Fixed(jode.rk4, 12), "observe": Action()},
+    "table, adaptive": {"solver": jode.Adaptive(jode.bosh3, 1e-4, 1e-4), "observe": {"action": Action(64)}},
+    "table, recomputed": {"solver": jode.Fixed(jode.heun, 12), "observe": Action(), "adjoint": jode.Backprop(3)},
+    "table, inverse steps": {"solver": jode.Fixed(jode.leapfrog, 12), "observe": Action(), "adjoint": jode.MemoryFree()},
+    "table, network": {"solver": jode.Layers(jode.euler), "observe": [Action(), Largest()]},
 }
 
 
@@ -203,6 +229,16 @@ def test_an_observer_sees_every_step_once(method):
         run = lambda y, solver=solver: jode.solve(oscillator, y, TS, A, solver=solver, observe=Counted())
         for sol in (run(Y0), jax.vmap(run)(rows)):
             np.testing.assert_array_equal(sol.observed, sol.stats.accepted)
+
+
+def test_a_table_has_an_entry_for_every_step():
+    """Of a straight line at unit speed the action is the time it takes, whichever way time runs, and a full table says so."""
+    line = lambda t, y, a: jnp.array([0.6, 0.8]) + 0 * a
+    for ts in (TS, TS[::-1]):
+        for solver in (jode.Fixed(jode.rk4, 12), jode.Adaptive(jode.bosh3, 1e-4, 1e-4)):
+            sol = jode.check(jode.solve(line, Y0, ts, A, solver=solver, observe=Action()))
+            np.testing.assert_allclose(sol.observed, 2.0, rtol=1e-14)
+    assert jode.solve(line, Y0, TS, A, solver=jode.Fixed(jode.rk4, 12), observe=Action(23)).status == jode.Status.capacity
 
 
 def test_an_observer_changes_nothing_and_sees_every_step():

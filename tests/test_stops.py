@@ -55,6 +55,39 @@ def test_doses_are_the_closed_form_and_so_are_their_gradients(solver):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11), got, jax.jacfwd(loss, (0, 1, 2, 3))(*x))
 
 
+RATES = jnp.array([[-0.9, 0.3], [0.5, -0.3]])  # elimination 0.4 and exchange between blood and tissue
+
+
+def two_compartments(t, rates, times, amounts):
+    """Amounts in blood and tissue at t, by eigenvectors: each dose into the blood decays from its time on."""
+    d = jnp.sqrt((rates[0, 0] - rates[1, 1]) ** 2 + 4 * rates[0, 1] * rates[1, 0])
+    trace = rates[0, 0] + rates[1, 1]
+    slow, fast = (trace + d) / 2, (trace - d) / 2
+    since = jnp.where(times < t, t - times, 0)
+    given = jnp.where(times < t, amounts, 0)
+    a, b = given * jnp.exp(slow * since), given * jnp.exp(fast * since)  # exp(M t) = Σ exp(λ t) (M - other λ) / (λ - other λ)
+    blood = jnp.sum(a * (rates[0, 0] - fast) - b * (rates[0, 0] - slow)) / d
+    return jnp.stack([blood, jnp.sum(a - b) * rates[1, 0] / d])
+
+
+@pytest.mark.parametrize(
+    "solver", [jode.Adaptive(jode.dopri8, 1e-12, 1e-13), jode.Fixed(jode.dopri8, 12)], ids=["adaptive", "fixed"]
+)
+def test_twelve_doses_into_two_compartments_are_the_matrix_exponential(solver):
+    times, amounts = 6.0 * jnp.arange(12.0) + 0.3 * jnp.sin(jnp.arange(12.0)), 1.0 + 0.1 * jnp.arange(12.0)
+    ts = jnp.linspace(-1.0, 75.0, 20)
+
+    def solved(times, amounts):
+        dose = lambda t, y, rates, x: y.at[0].add(x)
+        return jode.odeint(lambda t, y, rates: rates @ y, jnp.zeros(2), ts, RATES, solver=solver, jumps=(times, dose, amounts))
+
+    exact = lambda times, amounts: jax.vmap(lambda t: two_compartments(t, RATES, times, amounts))(ts)
+    np.testing.assert_allclose(solved(times, amounts), exact(times, amounts), rtol=0, atol=1e-10)
+    weights = jnp.cos(jnp.arange(40.0)).reshape(20, 2)
+    got, want = (jax.grad(lambda *x: jnp.sum(weights * f(*x) ** 2), (0, 1))(times, amounts) for f in (solved, exact))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-8), got, want)
+
+
 @pytest.mark.parametrize("solver", [FINE, SOLVERS["fixed"]], ids=["adaptive", "fixed"])
 def test_rows_have_schedules_of_their_own(solver):
     key = jax.random.key(0)
@@ -77,6 +110,14 @@ def test_rows_have_schedules_of_their_own(solver):
     np.testing.assert_allclose(value, exact(k, y0, times, amounts), rtol=1e-9)
     want = jax.grad(exact, (0, 1, 2, 3))(k, y0, times, amounts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-8), got, want)
+
+
+@pytest.mark.parametrize("solver", [jode.Adaptive(rtol=1e-10, atol=1e-10), SOLVERS["fixed"]], ids=["adaptive", "fixed"])
+def test_rows_that_share_a_schedule_have_gradients(solver):
+    end = lambda y0, T: doses(solver, 1.3, y0, T[None], jnp.ones(1), ts=(0.0, 1.0)).ys[-1]
+    slopes = jax.vmap(jax.grad(end, (0, 1)), (0, None))(jnp.array([0.7, 0.1]), jnp.float64(0.5))
+    np.testing.assert_allclose(slopes[0], np.exp(-1.3), rtol=1e-8)
+    np.testing.assert_allclose(slopes[1], 1.3 * np.exp(-0.65), rtol=1e-8)
 
 
 EQUAL, FOUND = jode.Fixed(jode.dopri8, 12), jode.Adaptive(jode.dopri8, 1e-12, 1e-12)
@@ -113,6 +154,40 @@ def test_every_discrete_adjoint_goes_back_through_jumps(solver, adjoint):
 
     got, want = jax.grad(loss, (0, 1, 2))(1.1, times, xs, adjoint), jax.grad(pieces, (0, 1, 2))(1.1, times, xs)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-8), got, want)
+
+
+@pytest.mark.parametrize("method", [jode.dopri5, jode.Reversible(jode.bosh3)], ids=repr)
+@pytest.mark.parametrize("solver", [jode.Fixed(jode.rk4, 40), jode.Adaptive(rtol=1e-8, atol=1e-8)], ids=["fixed", "adaptive"])
+def test_inverse_steps_start_from_what_was_before_each_jump(solver, method):
+    """Beside jumps that never come, times that an observer looks at, and events within steps that end at a jump."""
+    times, xs = jnp.array([jnp.inf, 0.7, 1.9]), jnp.array([9.0, 2.0, 3.0])
+    solver = replace(solver, method=method)
+
+    def seen(k, times, xs, adjoint, event):
+        observe = [jode.At([0.2, 0.6], lambda t, y, k: y[0]), *([event] if event else [])]
+        options = {"solver": solver, "adjoint": adjoint, "observe": observe, "jumps": (times, add, xs)}
+        sol = jode.solve(decay, jnp.array([1.0, 0.5]), (0.0, 2.5), k, **options)
+        at, *crossing = sol.observed
+        return jnp.sum(at**2) + (crossing[0].t if event else jnp.sum(sol.ys[-1] ** 2))
+
+    for event in (None, jode.Event(lambda t, y, k: y[0] - jnp.exp(-0.69 * k), direction=-1)):
+        x = (1.3, times, xs)
+        got = jax.grad(seen, (0, 1, 2))(*x, jode.MemoryFree(), event)
+        want = jax.grad(seen, (0, 1, 2))(*x, jode.Backprop(), event)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-7), got, want)
+
+
+@pytest.mark.parametrize("solver", [jode.Adaptive(), jode.Fixed(jode.rk4, 3)], ids=["adaptive", "fixed"])
+@pytest.mark.parametrize("derivative", [jax.grad, jax.jacfwd], ids=["grad", "jacfwd"])
+def test_between_a_stop_and_an_equal_jump_f_is_what_it_is_after_the_stop(solver, derivative):
+    """y' = a before S and b after it, y doubles at T: y(1) = 2 (a S + b (T - S)) + b (1 - T) for S <= T."""
+
+    def end(S, T):
+        f = lambda t, y, S: jnp.where(t < S, 2.0, -3.0)
+        return jode.odeint(f, 0.0, (0.0, 1.0), S, solver=solver, stops=S[None], jumps=(T[None], lambda t, y, S: 2 * y))[-1]
+
+    got = derivative(end, (0, 1))(jnp.float64(0.37), jnp.float64(0.37))
+    np.testing.assert_allclose(got, (2 * 5.0, -3.0), rtol=0, atol=1e-12)
 
 
 def test_second_derivatives_go_through_jumps():
@@ -178,6 +253,13 @@ def test_the_time_of_a_stop_has_a_gradient(solver, derivative):
     np.testing.assert_allclose(derivative(lambda T: end(T, -1))(jnp.float64(0.37)), -5.0, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("solver", [jode.Adaptive(), jode.Fixed(jode.rk4, 3)], ids=["adaptive", "fixed"])
+def test_a_solve_over_no_time_has_the_slope_at_a_stop_for_its_derivative(solver):
+    end = lambda t: jode.odeint(decay, 1.0, jnp.stack([jnp.ones(()), t]), 1.3, solver=solver, stops=[1.0])[-1]
+    for derivative in (jax.grad, jax.jacfwd):
+        np.testing.assert_allclose(derivative(end)(jnp.float64(1.0)), -1.3, rtol=1e-14)
+
+
 @pytest.mark.parametrize("way", [1, -1], ids=["on", "back"])
 def test_an_input_held_between_its_knots_is_solved_to_the_order_of_the_method(way):
     knots = jnp.linspace(0.0, 2.0, 9)
@@ -237,6 +319,11 @@ def test_wrong_use_is_refused_in_words():
         solve(stops=[jnp.nan])
     with pytest.raises(ValueError, match="lead with an entry for each time"):
         solve(jumps=([0.5], g, jnp.ones(2)))
+    with pytest.raises(ValueError, match=r"a list of numbers is a pytree"):
+        solve(jumps=([0.5], g, [2.0]))
+    with pytest.raises(TypeError) as error:
+        solve(jumps=([0.5], lambda t, y, args, x: y))
+    assert "the g of jumps" in error.value.__notes__[0]
     with pytest.raises(ValueError, match="Backsolve"):
         solve(stops=[0.5], adjoint=jode.Backsolve())
     with pytest.raises(TypeError, match=r"g\(t, y, args\) must return the structure"):

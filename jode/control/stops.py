@@ -88,9 +88,10 @@ class FixedStops(Fixed):
 
     def limited(self, march: Any, problem: Problem, grid: Grid, i: Array, window: Window) -> Window:
         j = i // self.bound(march, problem)
-        later = march.rows.spread(jnp.where(direction(march.save_times(problem)) > 0, j + 1, j))
+        later = jnp.where(direction(march.save_times(problem)) > 0, j + 1, j)
         end = march.rows.pick(problem.ts, later)
-        return replace(window, limit=jnp.where(march.mark(problem, later) >= 0, just_before(end), end))
+        limit = jnp.where(march.mark(problem, later) >= 0, just_before(end), end)
+        return _seeing_up_to(limit, window, direction(march.save_times(problem)))
 
     def node(self, march: Any, problem: Problem, grid: Grid, i: Array) -> Array:
         bound = self.bound(march, problem)  # rows that take fewer steps stand still up to the last
@@ -160,7 +161,8 @@ class AdaptiveStops(Adaptive):
         window, c = super().window(march, problem, place, carry), carry
         before = lambda happens, t: jnp.where(happens, just_before(t), t)
         on, back = before(c.mark >= 0, c.end), before(c.node >= _first(problem), c.t)
-        return replace(window, limit=jnp.where(direction(march.save_times(problem)) > 0, on, back))
+        sign = direction(march.save_times(problem))
+        return _seeing_up_to(jnp.where(sign > 0, on, back), window, sign)
 
     def target(self, march: Any, problem: Problem, c: Stopped) -> Array:
         return c.end
@@ -186,8 +188,8 @@ class AdaptiveStops(Adaptive):
         slope = march.F(march.after(problem, p.t), y, problem.params)
         width = self.first_width(march, problem, p.t, y, slope)
         on = self._towards(march, problem, p._replace(behind=p.behind + p.waits.astype(jnp.int32)), width, slope)
-        if march.keeps_resets:  # the last entry, that of the end, takes what is not wanted
-            at = jnp.where(p.waits, p.behind, problem.numbers["marks"].shape[0] - 1)
+        if march.keeps_resets:  # of rows at their next time, which may be their end; the last entry takes what is not wanted
+            at = jnp.where(p.node == _first(problem) + p.behind, p.behind, problem.numbers["marks"].shape[0] - 1)
             on = on._replace(before=tuple(march.rows.write(table, at, x) for table, x in zip(p.before, c.s, strict=True)))
         on = on._replace(h=jnp.where(p.waits, on.h, p.h), wanted=jnp.where(p.waits, on.wanted, p.wanted))
         return c._replace(s=s, slope=where(p.waits, method.reused(slope), c.slope), control=on)
@@ -220,9 +222,9 @@ class AdaptiveStops(Adaptive):
 
     def limited(self, march: Any, problem: Problem, grid: Grid, i: Array, window: Window) -> Window:
         p, q = _nodes(grid, i)
-        on = direction(march.save_times(problem)) > 0
-        end = jnp.where(on, window.t + window.h, window.t)
-        return replace(window, limit=self._latest(march, problem, jnp.where(on, q, p), end))
+        sign = direction(march.save_times(problem))
+        end = jnp.where(sign > 0, window.t + window.h, window.t)
+        return _seeing_up_to(self._latest(march, problem, jnp.where(sign > 0, q, p), end), window, sign)
 
     def _latest(self, march: Any, problem: Problem, j: Array, end: Array) -> Array:
         """The latest time for stages of steps whose later end is ts[j]; that of others, and where nothing happens, is their end."""
@@ -232,6 +234,13 @@ class AdaptiveStops(Adaptive):
     def node(self, march: Any, problem: Problem, grid: Grid, i: Array) -> Array:
         p, q = _nodes(grid, i)
         return jnp.where(p == q, -1, q)  # a row that stands still has been served
+
+
+def _seeing_up_to(limit: Array, window: Window, sign: Array) -> Window:
+    """The window whose stages see no later time than the limit. Forwards that is never before the start: between two equal times f
+    is what it is after the first.
+    """
+    return replace(window, limit=jnp.where(sign > 0, jnp.maximum(limit, window.t), limit))
 
 
 def _nodes(grid: Grid, i: Array) -> tuple[Array, Array]:

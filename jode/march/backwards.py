@@ -48,7 +48,7 @@ def pull(
         sbar = where(landed, _saved(march, sbar, take(g.ys, q)), sbar)
     nothing = jnp.zeros_like(h), jnp.zeros_like(t), zeros_like(s), zeros_like(K) if K is not None else ()
     bars = Bars(*nothing, c.ts, zeros_like(s1), c.shared)
-    seen, nexts = Seen(window, s, [], None, None, None, s1=s1), []
+    seen, nexts = Seen(window, s, [], None, None, i, s1=s1), []
     for w, left_to, bar, values in zip(
         march.watches, c.next, _by_watch(march, g.ys, g.observed), _by_watch(march, (), g.values), strict=True
     ):
@@ -142,6 +142,7 @@ def at_initial(march: March, problem: Problem, g: State, c: Cotangents) -> Cotan
         there = tuple(jnp.where(beside(at_start(ts), x), x, 0).astype(x.dtype) for x in g)
         slope = march.slope(problem)
         moved = jax.vmap(lambda x: rows.total(inner(rows, slope, x).astype(ts.dtype), ts[0]))(tuple(x[1:] for x in there))
+        moved = moved.at[-1].set(0) if march.solver.marked else moved  # a step, if one without width, ended at the last of them
         c = c._replace(ts=c.ts.at[1 : ts.shape[0]].add(moved).at[0].add(-jnp.sum(moved, axis=0)))
         ybar = tuple(jnp.sum(x[:-1], axis=0) for x in there)
 

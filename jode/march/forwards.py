@@ -18,6 +18,7 @@ from jode.method import Method
 from jode.native import Batch
 from jode.observe import Interpolated, Record, Recorded, Seen, Watch
 from jode.observe.record import chapter_start, node_of
+from jode.observe.saves import moving_at_start
 from jode.rows import Rows
 from jode.runner import Runner
 from jode.tree import State, nan_unless, stack_zeros, take, where
@@ -290,6 +291,8 @@ class March:
             if self.saves:
                 middle, dense = self.saves[0].read(c.observed[0]), c.observed[0].dense
             ys = tuple(jnp.concatenate([x[None], v, z[None]]) for x, v, z in zip(problem.y0, middle, end, strict=True))
+            assert slope is not None
+            ys = moving_at_start(self.plan.saves - 1 - solver.marked, ys, self.save_times(problem), slope)
             every = jnp.ones((self.plan.saves, *rows.spread(jnp.zeros(())).shape), bool)
             good = every & jax.vmap(rows.finite)(ys) if ys else every
         status, reached, tried, accepted = solver.report(self, problem, c, good, slope)
@@ -344,9 +347,12 @@ class March:
 
     def mark(self, problem: Problem, j: Array) -> Array:
         """What happens at ts[j], a column; nothing where j is -1. Marks are those of the last of ts."""
-        marks = problem.numbers["marks"]
-        at = j - (0 if self.solver.lands else problem.ts.shape[0] - marks.shape[0])
-        return jnp.where(at >= 0, self.rows.pick(marks, jnp.maximum(at, 0)), -1)
+        at = self._among_marks(problem, j)
+        return jnp.where(at >= 0, self.rows.pick(problem.numbers["marks"], jnp.maximum(at, 0)), -1)
+
+    def _among_marks(self, problem: Problem, j: Array) -> Array:
+        """The place among the marks of ts[j]."""
+        return j - (0 if self.solver.lands else problem.ts.shape[0] - problem.numbers["marks"].shape[0])
 
     def reset_by(self, problem: Problem, mark: Array, t: Array, s: State) -> State:
         """The method's state after what the mark says happens at t."""
@@ -362,17 +368,16 @@ class March:
     def invert(self, problem: Problem, kept: Kept, i: Array, s1: State, ys: State) -> State:
         """The state before step i from the state s1 after it; where steps end at save times what was saved there, ys, is exact."""
         grid = kept.grid
-        if self.solver.lands and self.method.parts == 1:
+        if kept.resets:
+            at = self._among_marks(problem, self.solver.node(self, problem, grid, i))
+            s1 = where(at >= 0, tuple(self.rows.pick_state(x, jnp.maximum(at, 0)) for x in kept.resets), s1)
+        elif self.solver.lands and self.method.parts == 1:
             bound = self.solver.bound(self, problem)
             saved = take(ys, (i + 1) // bound)
             known = (i + 1) % bound == 0
             if self.may_end:  # rows that ended went on, but nothing was saved
                 known = known & self.rows.finite(saved)
             s1 = where(known, saved, s1)
-        elif kept.resets:
-            j = self.solver.node(self, problem, grid, i)
-            at = jnp.maximum(j - (problem.ts.shape[0] - kept.resets[0].shape[0]), 0)
-            s1 = where(j >= 0, tuple(self.rows.pick_state(x, at) for x in kept.resets), s1)
         window = self._window(problem, grid, i)
         return self.still(problem, window, s1, self.method.inverse(window, s1))
 

@@ -65,8 +65,9 @@ class AtTimes(Table):
         def one(carry: Filled) -> Filled:
             j, entries = carry
             mask, t = pending(j), rows.spread(rows.pick(ts, jnp.minimum(j, n - 1)))
-            theta = (t - window.t) / jnp.where(window.h == 0, 1, window.h)
-            y = increment(march.method.base(theta, seen.s), window.h, march.method.dense_weights(theta), ks)
+            width = _width(window.h)
+            theta = (t - window.t) / width
+            y = increment(march.method.base(theta, seen.s), width, march.method.dense_weights(theta), ks)
             inside = jnp.where(theta >= 0, jnp.ones_like(t), jnp.nan)
             values = (rows.as_vector(inside), *march.seen_by(self)(t, y, window.params))
             values = tuple(jnp.where(theta >= 0, x, jnp.nan).astype(x.dtype) for x in values)
@@ -91,21 +92,23 @@ class AtTimes(Table):
         method, rows, window, ts = march.method, march.rows, seen.window, self.times(problem)
         t0, sign = problem.ts[0], direction(march.save_times(problem))
         a, h, params = window.t, window.h, window.params
+        first = (a == t0) & (seen.slot == 0)  # a later step may start there too, after a jump
 
         def pending(n: Array) -> Array:
             t = rows.pick(ts, jnp.maximum(n - 1, 0))
-            return (n > 0) & (h != 0) & ((sign * (t - a) > 0) | ((t == t0) & (a == t0)))
+            return (n > 0) & ((sign * (t - a) > 0) | ((t == t0) & first))
 
         def value(t: Array, a: Array, h: Array, s: State, K: State, shared: list) -> State:
-            theta = (t - a) / jnp.where(h == 0, 1, h)
-            y = increment_stacked(method.base(theta, s), h, jnp.stack(method.dense_weights(theta)), K)
+            width = _width(h)
+            theta = (t - a) / width
+            y = increment_stacked(method.base(theta, s), width, jnp.stack(method.dense_weights(theta)), K)
             return march.seen_by(self)(t, y, params._replace(shared=shared))
 
         def one(carry: tuple) -> tuple:
             n, bars = carry
             mask, at = pending(n), jnp.maximum(n - 1, 0)
             bar = tuple(jnp.where(mask, rows.pick_state(x, at), 0).astype(x.dtype) for x in g[1:])
-            t = rows.spread(rows.pick(ts, at))
+            t = rows.spread(jnp.where(mask, rows.pick(ts, at), a))  # far from the step g might not be finite
             _, back = jax.vjp(value, t, a, h, seen.s, K, params.shared)
             tbar, abar, hbar, sbar, kbar, shared = back(bar)
             tsbar = rows.add_at(bars.ts, self.first + at, jnp.where(mask, tbar, 0))
@@ -123,3 +126,8 @@ class AtTimes(Table):
     def result(self, entries: State, reached: Array, unflatten: Callable) -> Any:
         assert self.out is not None
         return jax.tree.unflatten(self.out.treedef, self.out.unpack(tuple(entries[1:]), (entries[0].shape[0],)))
+
+
+def _width(h: Array) -> Array:
+    """The width that fractions are of; a step without one, at an end or before a jump, is a point on its slope."""
+    return jnp.where(h == 0, 1, h)

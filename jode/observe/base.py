@@ -13,8 +13,8 @@ from jode.window import Problem, Window
 
 class Seen(NamedTuple):
     """A step tried: its window, the method's state at its start, the slopes, which rows took it (None: all), the time that each row
-    has then reached, and the step's number where that is known beforehand. node: which of ts it stands at then, where steps end at
-    given times.
+    has then reached, and the step's number where that is known beforehand, as on the way back. node: which of ts it stands at then,
+    where steps end at given times.
     """
 
     window: Window

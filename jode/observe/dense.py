@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jode.observe.table import Table
+from jode.observe.table import Filled, Table
 from jode.tree import State, combine, nan_unless, real_dtype, work_dtype
 
 
@@ -23,8 +23,8 @@ class Interpolation:
     In step i it is Σ_k c_ik θ^k with θ = (t - starts[i]) / widths[i]; at a jump it is the state before it. A pytree: it may leave
     `jax.jit`, and be mapped by `jax.vmap`; derivatives by t are those of the polynomials, one order less accurate than p.
 
-    starts, widths: of each step. until: the last time that is known. coefficients: packed, (steps, degree + 1, components) for each
-    dtype of the state.
+    starts, widths: of each step; a first step that does not move, before a jump at ts[0], has width 1. until: the last time that
+    is known. coefficients: packed, (steps, degree + 1, components) for each dtype of the state.
     """
 
     starts: Array
@@ -37,7 +37,7 @@ class Interpolation:
         t = jnp.asarray(t, self.starts.dtype)
         if t.ndim:
             return jax.vmap(self)(t)
-        sign = jnp.sign(self.widths[0])
+        sign = jnp.where(self.until >= self.starts[0], 1, -1).astype(t.dtype)
         i = jnp.maximum(jnp.sum(sign * (t - self.starts) > 0) - 1, 0)
         start, width, tables = self.starts[i], self.widths[i], tuple(table[i] for table in self.coefficients)
         inside = (sign * (t - start) >= 0) & (sign * (t - self.until) <= 0)
@@ -80,6 +80,10 @@ class Dense(Table):
     def sized(self, most: int, method: Any) -> Dense:
         return replace(super().sized(most, method), degree=max(map(len, method.dense)))
 
+    def enters(self, carry: Filled, h: Array) -> Array:
+        """A first step that does not move has one too: it knows the state at ts[0] before a jump there."""
+        return (h != 0) | (carry.count == 0)
+
     def leads_with(self, window: Any) -> Array:
         return window.t
 
@@ -88,7 +92,7 @@ class Dense(Table):
         return (one, one, *(jax.ShapeDtypeStruct(((self.degree + 1) * x.shape[0],), x.dtype) for x in plan.layout.packed))
 
     def entry(self, march: Any, t: Array, h: Array, end: Array, s: State, s1: State, ks: list[State]) -> State:
-        method, rows = march.method, march.rows
+        method, rows, h = march.method, march.rows, jnp.where(h == 0, 1, h)
         first, last = (method.base(jnp.full_like(t, x), s) for x in (0.0, 1.0))
         powers = [first]
         for k in range(self.degree):

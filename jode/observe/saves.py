@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from jax import Array
 
 from jode.control.adaptive import direction
 from jode.observe.base import Bars, Seen, Watch
-from jode.tree import State, add, increment, increment_stacked, nan_unless
+from jode.tree import State, add, increment, increment_stacked, nan_unless, real_dtype, work_dtype
 from jode.window import Problem
 
 
@@ -126,6 +127,27 @@ class Interpolated(Watch):
 def at_start(ts: Array) -> Array:
     """Which save times are the initial time itself."""
     return ts == ts[:1]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def moving_at_start(count: int, ys: State, ts: Array, slope: State) -> State:
+    """The states saved, of which those at the initial time itself, up to save time `count`, move with their time along the slope
+    there: y0 + (t - t0) f. At t = t0 that is y0, so only derivatives see it.
+    """
+    return ys
+
+
+@moving_at_start.defjvp
+def _moving_at_start(count: int, primals: tuple, tangents: tuple) -> tuple:
+    ys, ts, slope = primals
+    dots, tdot, _ = tangents
+    same = at_start(ts) & (jnp.arange(ts.shape[0]) <= count).reshape(-1, *[1] * (ts.ndim - 1))
+
+    def moved(y: Array, dot: Array, k: Array) -> Array:
+        gap = jnp.where(beside(same, y), beside(tdot - tdot[:1], y), 0).astype(real_dtype(k.dtype))
+        return (dot.astype(work_dtype(y.dtype)) + gap * k[None].astype(work_dtype(y.dtype))).astype(y.dtype)
+
+    return moving_at_start(count, ys, ts, slope), tuple(moved(*x) for x in zip(ys, dots, slope, strict=True))
 
 
 def beside(flags: Array, table: Array) -> Array:

@@ -78,13 +78,17 @@ class Table(Watch):
     def step(self, march: Any, problem: Problem, carry: Filled, seen: Seen) -> Filled:
         assert self.capacity is not None
         window, rows = seen.window, march.rows
-        taken = (window.h != 0) if seen.accept is None else seen.accept & (window.h != 0)
+        taken = self.enters(carry, window.h) & (True if seen.accept is None else seen.accept)
         end = window.t + window.h if seen.t is None else seen.t
         ks = march.method.refined(window, seen.s, seen.slopes) if self.refines else []
         values = self.entry(march, window.t, window.h, end, seen.s, seen.s1, ks)
         index = rows.spread(jnp.where(taken, jnp.minimum(carry.count, self.capacity), self.capacity))
         entries = tuple(rows.write(table, index, x) for table, x in zip(carry.entries, values, strict=True))
         return Filled(carry.count + taken.astype(jnp.int32), entries)
+
+    def enters(self, carry: Filled, h: Array) -> Array:
+        """Whether a step taken has an entry: if it moves."""
+        return h != 0
 
     def leads_with(self, window: Any) -> Array:
         """The time that the entry of a step leads with: its end."""
@@ -124,6 +128,7 @@ class Table(Watch):
         # The last steps may have no entry: those after an end, or a failure. An entry is that of the step whose time it leads with.
         ahead = (rows.number(rows.pick_state(values[0], at)) - self.leads_with(window)) * jnp.sign(window.h)
         mask = (window.h != 0) & (left > 0) & (2 * ahead > -jnp.abs(window.h))
+        mask = mask | ((window.h == 0) & (left == 1) & (seen.slot == 0))  # of a first step that does not move, if it has an entry
         bar = tuple(jnp.where(mask, rows.pick_state(x, at), 0).astype(x.dtype) for x in g)
         ks = unstack(K, K[0].shape[0]) if self.refines else []
         entry = lambda t, h, s, s1, ks: self.entry(march, t, h, t + h, s, s1, ks)
