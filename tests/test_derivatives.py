@@ -280,3 +280,19 @@ def test_a_hessian_where_all_cotangents_are_zero(adjoint):
     for mode in ("jacfwd of grad", "jacrev of grad"):
         found = jax.jit(SECOND[mode](lambda a: jnp.sum((solve(a) - data) ** 2) / 2))(A)
         close(found, jacobian.T @ jacobian, 1e-4)
+
+
+@pytest.mark.parametrize("ts", [(0.3, 0.3, 1.0), (0.3, 0.3), (0.3, 0.3, 0.3)], ids=str)
+def test_a_save_time_at_the_start_moves_along_the_slope_in_both_modes(ts):
+    """y0 + (t - t0) f, also in second derivatives."""
+    f = lambda t, y, a: -a * y * jnp.cos(t)
+    loss = lambda ts, a, y: jnp.arange(1.0, 1 + ts.shape[0]) @ jode.odeint(f, y, ts, a)
+    at = (jnp.array(ts), jnp.asarray(1.3), jnp.asarray(0.7))
+    slope = f(0.3, 0.7, 1.3)
+    forwards, reverse = (d(loss, (0, 1, 2))(*at) for d in (jax.jacfwd, jax.jacrev))
+    for a, b in zip(forwards, reverse, strict=True):
+        close(a, b, 1e-12)
+    close(forwards[0][1], 2 * slope, 1e-12) if len(ts) == 3 else close(forwards[0], jnp.array([-2.0, 2.0]) * slope, 1e-12)
+    nested = [jax.tree.leaves(d(loss, (0, 1, 2))(*at)) for d in (jax.hessian, lambda g, n: jax.jacfwd(jax.jacfwd(g, n), n))]
+    for a, b in zip(*nested, strict=True):
+        close(a, b, 1e-10)
