@@ -158,3 +158,13 @@ def test_effort_is_the_sum_of_the_solves_own_estimates(solver):
     np.testing.assert_allclose(rows[0], out["effort"], rtol=1e-8)
     with pytest.raises(ValueError, match="estimates its error"):
         jode.solve(f, Y0, (0.0, 1.0), A, solver=jode.Fixed(jode.rk4, 3), observe=Effort())
+
+
+def test_the_effort_of_a_row_that_failed_is_unknown_and_harms_no_other():
+    run = lambda y, a: jode.solve(lambda t, y, a: a * y**2, y, (0.0, 1.0), a, solver=jode.Adaptive(max_steps=60), observe=Effort())
+    rows = jnp.array([0.3, 2.0, 0.5])  # the second blows up at 1/2
+    sol = jax.vmap(run, (0, None))(rows, 1.0)
+    np.testing.assert_array_equal(jnp.isnan(sol.observed), sol.status != jode.Status.success)
+    assert sol.status[1] != jode.Status.success
+    shared = lambda a, rows: jnp.nansum(jax.vmap(run, (0, None))(rows, a).observed)
+    np.testing.assert_allclose(jax.grad(shared)(1.0, rows), jax.grad(shared)(1.0, rows[::2]), rtol=1e-10)

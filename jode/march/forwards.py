@@ -309,7 +309,9 @@ class March:
         for w, m in watched:
             full = (status == int(Status.success)) & w.overflowed(m)
             status = jnp.where(full, int(Status.capacity), status).astype(jnp.int32)
-        observed = tuple(w.read(m) for w, m in watched)
+        lost = rows.over_time(((status != int(Status.success)) & (status != int(Status.capacity)))[None])
+        unknown = lambda w, x: jnp.where(lost, jnp.nan, x).astype(x.dtype) if w.whole else x
+        observed = tuple(tuple(unknown(w, x) for x in w.read(m)) for w, m in watched)
         jacobians = tried * method.jacobians
         stats = Stats(nfe, tried, accepted, tried - accepted, backward, jacobians, jacobians)
         return self._ended(problem, Outcome(ys, observed, good, stats, status, reached))

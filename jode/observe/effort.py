@@ -25,6 +25,7 @@ class Effort(Table):
     """
 
     slopes = True
+    whole = True
 
     def sized(self, most: int, method: Any) -> Effort:
         if method.embedded_order is None:

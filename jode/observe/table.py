@@ -38,6 +38,7 @@ class Table(Watch):
 
     by_row = True
     refines: ClassVar[bool] = False  # whether entries need the slopes of the interpolant
+    whole: ClassVar[bool] = False  # whether an entry is of the whole solve: NaN where that failed
 
     def __post_init__(self) -> None:
         c = self.capacity
