@@ -6,6 +6,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
 from jode.control import Adaptive
 from jode.ivp import odeint as _odeint
 from jode.method import dopri5
@@ -24,7 +28,8 @@ def odeint(
     """The states at the times t of dy/dt = func(y, t, *args), y(t[0]) = y0, by Dopri5.
 
     Args:
-        func: the vector field, called with the state first.
+        func: the vector field, called with the state first. What it returns may have another structure than the state: its components
+            are taken in order.
         y0: the initial state, any pytree of arrays.
         t: the times, at least two; t[0] is the initial one.
         args: further arguments of func, pytrees.
@@ -41,4 +46,12 @@ def odeint(
     """
     most = None if isinstance(hmax, float) and hmax == math.inf else hmax
     solver = Adaptive(dopri5, rtol, atol, max_steps=65536 if mxstep == math.inf else int(mxstep), max_step=most)
-    return _odeint(lambda t, y, args: func(y, t, *args), y0, t, args, solver=solver)
+
+    def field(t: Array, y: Any, args: tuple) -> Any:
+        slope = func(y, t, *args)
+        if jax.tree.structure(slope) == jax.tree.structure(y):
+            return slope
+        flat, unravel = ravel_pytree(y)
+        return unravel(ravel_pytree(slope)[0].astype(flat.dtype))
+
+    return _odeint(field, y0, t, args, solver=solver)

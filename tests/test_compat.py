@@ -86,6 +86,15 @@ def test_closures_of_every_kind():
     np.testing.assert_allclose(turned, [np.exp(1j)], rtol=1e-7)
 
 
+@pytest.mark.parametrize("y0", [[3.0, 0.0], jnp.array([3.0, 0.0])], ids=["list", "array"])
+def test_slopes_may_have_another_structure_than_the_state(y0):
+    """A list for an array, and an array for a list, as in two of JAX's own tests."""
+    slopes = [lambda y, t: [y[1], -jnp.sin(y[0]) - t], lambda y, t: jnp.stack([y[1], -jnp.sin(y[0]) - t])]
+    a, b = (odeint(f, y0, jnp.array([0.0, 1.0])) for f in slopes)
+    assert jax.tree.structure(a) == jax.tree.structure(y0) == jax.tree.structure(b)
+    np.testing.assert_array_equal(jax.tree.leaves(a), jax.tree.leaves(b))
+
+
 def test_bounds_on_steps():
     decay = lambda y, t: -y
     assert np.isnan(odeint(decay, jnp.ones(1), jnp.array([0.0, 10.0]), mxstep=3)[-1]).all()
