@@ -125,7 +125,7 @@ SOLVES = {
     "control, recomputed": {"solver": Growing(jode.rk4, 12), "adjoint": jode.Backprop(4)},
     "adjoint": {"solver": jode.Fixed(jode.rk4, 12), "adjoint": Plain()},
     "runner, fixed": {"solver": jode.Fixed(jode.heun, 3, runner=InPython())},
-    "runner, adaptive": {"solver": jode.Adaptive(jode.heun, 1e-2, 1e-2, runner=InPython())},
+    "runner, adaptive": {"solver": jode.Adaptive(jode.heun, 1e-1, 1e-1, runner=InPython())},
     "observer, fixed": {"solver": jode.Fixed(jode.rk4, 12), "observe": Largest()},
     "observer, adaptive": {"solver": jode.Adaptive(jode.bosh3, 1e-4, 1e-4), "observe": [Largest()]},
     "observer, recomputed": {"solver": jode.Fixed(jode.heun, 12), "observe": Largest(), "adjoint": jode.Backprop(3)},

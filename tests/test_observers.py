@@ -72,9 +72,15 @@ CASES = {
 }
 
 
+LONG = ("dopri8", "all stored", "fixed, memory-free", "fixed, four checkpoints")
+
+
 @pytest.mark.parametrize(
     ("case", "ts"),
-    [*((case, (0.0, 2.0)) for case in CASES), *((case, (2.0, 0.0)) for case in ("tsit5", "fixed, four checkpoints"))],
+    [
+        *(pytest.param(case, (0.0, 2.0), marks=[pytest.mark.sweep] if case in LONG else []) for case in CASES),
+        *((case, (2.0, 0.0)) for case in ("tsit5", "fixed, four checkpoints")),
+    ],
     ids=lambda x: x if isinstance(x, str) else "on" if x[0] == 0 else "back",
 )
 def test_derivatives_at_any_time_are_those_of_the_matrix_exponential(case, ts):
