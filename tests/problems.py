@@ -1,4 +1,4 @@
-"""Initial value problems whose solutions are known to many digits.
+"""Initial value problems whose solutions are known to many digits; `users_jit`, for tests of bits.
 
 DETEST: Hull, Enright, Fellen & Sedgwick 1972, t in [0, 20]. The digits in reference_digits.json were computed in quadruple
 precision for the float64-rounded constants.
@@ -9,10 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 DIGITS = {k: np.array(v) for k, v in json.loads((Path(__file__).parent / "reference_digits.json").read_text()).items()}
+
+
+def users_jit(f: Callable) -> Callable:
+    """`jax.jit` with the code for fused loops that users get, which tests/conftest.py switches off: they add in another order."""
+    return jax.jit(f, compiler_options={"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else None)
 
 
 class IVP(NamedTuple):

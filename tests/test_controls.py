@@ -75,8 +75,8 @@ def test_a_traced_bound_out_of_range_is_a_status(most):
 def test_gradient_through_a_pulse(adjoint):
     """y(200) = a √π and dy/da = √π: the way back must see the pulse too."""
     end = lambda a, most: jode.odeint(pulse, 0.0, (0.0, 200.0), a, solver=jode.Adaptive(max_step=most), adjoint=adjoint)[-1]
-    np.testing.assert_allclose(jax.grad(end)(0.7, 1.0), np.sqrt(np.pi), rtol=1e-5)
-    rows = jax.vmap(jax.grad(end))(jnp.array([0.7, 1.4]), jnp.array([1.0, 0.5]))
+    np.testing.assert_allclose(jax.jit(jax.grad(end))(0.7, 1.0), np.sqrt(np.pi), rtol=1e-5)
+    rows = jax.jit(jax.vmap(jax.grad(end)))(jnp.array([0.7, 1.4]), jnp.array([1.0, 0.5]))
     np.testing.assert_allclose(rows, np.sqrt(np.pi), rtol=1e-5)
 
 
@@ -152,7 +152,7 @@ def test_rows_with_tolerances_for_each_component(shared, size):
 
     gradient = jax.jit(jax.grad(lambda y, atol, a: jnp.sum(solve(y, atol, a).ys[-1] ** 2), (0, 2)))
     a = jnp.array([1.0, 2.0, 3.0])
-    sol, grads = jax.vmap(solve, (*axes, 0))(*given, a), jax.vmap(gradient, (*axes, 0))(*given, a)
+    sol, grads = jax.jit(jax.vmap(solve, (*axes, 0)))(*given, a), jax.jit(jax.vmap(gradient, (*axes, 0)))(*given, a)
     steps = set()
     for i in (0, 2):
         own = [x if axis is None else x[i] for x, axis in zip(given, axes, strict=True)]
@@ -259,7 +259,7 @@ def test_rows_under_the_largest_error(size):
     solve = lambda y, a: jode.solve(wide, y, (0.0, 2.0), a, solver=solver)
     gradient = jax.jit(jax.grad(lambda y, a: jnp.sum(solve(y, a).ys[-1] ** 2), (0, 1)))
     a = jnp.array([1.0, 2.0, 3.0])
-    sol, grads = jax.vmap(solve)(y0, a), jax.vmap(gradient)(y0, a)
+    sol, grads = jax.jit(jax.vmap(solve))(y0, a), jax.jit(jax.vmap(gradient))(y0, a)
     default = jax.vmap(lambda y, a: jode.solve(wide, y, (0.0, 2.0), a, solver=jode.Adaptive(jode.bosh3, 1e-6, 1e-6)))(y0, a)
     assert (sol.stats.accepted > default.stats.accepted).all()
     for i in (0, 2):
@@ -372,8 +372,18 @@ def block(t, x, w):
     return jnp.tanh(w["own"]["a"] @ x * n.astype(float) + b + t)
 
 
-@pytest.mark.parametrize("adjoint", [jode.Backprop(), jode.Backprop(2), jode.MemoryFree()], ids=str)
-@pytest.mark.parametrize(("method", "degree"), [(jode.euler, 0), (jode.heun, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("method", "degree", "adjoint"),
+    [
+        (jode.euler, 0, jode.Backprop()),
+        (jode.euler, 0, jode.MemoryFree()),
+        (jode.heun, 1, jode.Backprop(2)),
+        pytest.param(jode.euler, 0, jode.Backprop(2), marks=pytest.mark.sweep),
+        pytest.param(jode.heun, 1, jode.Backprop(), marks=pytest.mark.sweep),
+        pytest.param(jode.heun, 1, jode.MemoryFree(), marks=pytest.mark.sweep),
+    ],
+    ids=str,
+)
 def test_shared_weights_get_the_sum_of_the_gradients_of_their_copies(method, degree, adjoint):
     steps = 6 - degree
 
@@ -387,13 +397,15 @@ def test_shared_weights_get_the_sum_of_the_gradients_of_their_copies(method, deg
         total = lambda a, b, w, axes, x, batch=batch: (
             jnp.sum(jax.vmap(lambda x: loss(a, b, w, axes, x))(x)) if batch else loss(a, b, w, axes, x)
         )
-        grad = jax.value_and_grad(total, (0, 1, 4))
-        value, (a, b, xbar) = grad(NET["own"]["a"], NET["all"][0], NET, AXES, x)
-        want, (a_, b_, xbar_) = grad(NET["own"]["a"], REPEATED["all"][0], REPEATED, 0, x)
+        grad = lambda w, axes, b, x, total=total: jax.jit(jax.value_and_grad(lambda a, b, x: total(a, b, w, axes, x), (0, 1, 2)))(
+            NET["own"]["a"], b, x
+        )
+        value, (a, b, xbar) = grad(NET, AXES, NET["all"][0], x)
+        want, (a_, b_, xbar_) = grad(REPEATED, 0, REPEATED["all"][0], x)
         for found, expected in ((value, want), (a, a_), (b, jnp.sum(b_, axis=0)), (xbar, xbar_)):
             np.testing.assert_allclose(found, expected, rtol=1e-11)
-    each = jax.vmap(jax.grad(lambda b: loss(NET["own"]["a"], b, NET, AXES, X)))(jnp.stack([NET["all"][0], jnp.ones(3)]))
-    alone = jax.grad(lambda b: loss(NET["own"]["a"], b, NET, AXES, X))(NET["all"][0])
+    slope = jax.grad(lambda b: loss(NET["own"]["a"], b, NET, AXES, X))
+    each, alone = jax.jit(lambda b: (jax.vmap(slope)(jnp.stack([b, jnp.ones(3)])), slope(b)))(NET["all"][0])
     np.testing.assert_allclose(each[0], alone, rtol=1e-11)
 
 
@@ -464,8 +476,8 @@ def test_stops_keep_the_widest_step_and_the_tolerances(solver):
         control = adaptive if solver == "adaptive" else jode.Fixed(jode.rk4, width=0.5)
         return jode.solve(f, {"u": 0.0, "v": 0.0}, (0.0, 200.0), a, solver=control, jumps=jumps, observe=Widest())
 
-    sol = jax.vmap(solve)(jnp.array([1.0, 2.0]), jnp.array([1e-8, 1e-3]))
+    sol = jax.jit(jax.vmap(solve))(jnp.array([1.0, 2.0]), jnp.array([1e-8, 1e-3]))
     np.testing.assert_allclose(sol.ys["u"][:, -1], 2 + np.sqrt(np.pi) * np.array([1.0, 2.0]), rtol=1e-5)
     assert (sol.observed["h"] <= 1 + 1e-13).all()
-    slope = jax.grad(lambda a: solve(a, 1e-7).ys["u"][-1])(1.0)
+    slope = jax.jit(jax.grad(lambda a: solve(a, 1e-7).ys["u"][-1]))(1.0)
     np.testing.assert_allclose(slope, np.sqrt(np.pi), rtol=1e-5)

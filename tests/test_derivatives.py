@@ -271,11 +271,23 @@ def test_no_form_holds_tracers(mode):
         jax.jit(jax.vmap(second))(jnp.ones(2))
 
 
-@pytest.mark.parametrize("adjoint", [jode.Backprop(), jode.MemoryFree(), jode.Backsolve()], ids=lambda a: type(a).__name__)
-def test_a_hessian_where_all_cotangents_are_zero(adjoint):
+@pytest.mark.parametrize(
+    ("adjoint", "mode"),
+    [
+        (jode.Backprop(), "jacfwd of grad"),
+        (jode.Backprop(), "jacrev of grad"),
+        (jode.MemoryFree(), "jacfwd of grad"),
+        (jode.Backsolve(), "jacrev of grad"),
+        pytest.param(jode.MemoryFree(), "jacrev of grad", marks=pytest.mark.sweep),
+        pytest.param(jode.Backsolve(), "jacfwd of grad", marks=pytest.mark.sweep),
+    ],
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__,
+)
+def test_a_hessian_where_all_cotangents_are_zero(adjoint, mode):
     """At a perfect fit the Hessian of a sum of squares is JᵀJ: cotangents are zero there, and their tangents are not."""
     solver, ts = jode.Adaptive(jode.tsit5, 1e-6, 1e-6), jnp.array([0.0, 0.5, 1.0])
     solve = lambda a: jode.odeint(field, X["y0"], ts, a, solver=solver, adjoint=adjoint)
+<<<<<<< HEAD
     data, jacobian = solve(A), jax.jacfwd(lambda a: solve(a).ravel())(A)
     for mode in ("jacfwd of grad", "jacrev of grad"):
         found = jax.jit(SECOND[mode](lambda a: jnp.sum((solve(a) - data) ** 2) / 2))(A)
@@ -296,3 +308,8 @@ def test_a_save_time_at_the_start_moves_along_the_slope_in_both_modes(ts):
     nested = [jax.tree.leaves(d(loss, (0, 1, 2))(*at)) for d in (jax.hessian, lambda g, n: jax.jacfwd(jax.jacfwd(g, n), n))]
     for a, b in zip(*nested, strict=True):
         close(a, b, 1e-10)
+=======
+    data, jacobian = solve(A), jax.jit(jax.jacfwd(lambda a: solve(a).ravel()))(A)
+    found = jax.jit(SECOND[mode](lambda a: jnp.sum((solve(a) - data) ** 2) / 2))(A)
+    close(found, jacobian.T @ jacobian, 1e-4)
+>>>>>>> wt

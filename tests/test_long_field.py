@@ -85,7 +85,9 @@ def test_a_small_state_or_a_field_with_effects_keeps_its_program(monkeypatch, sm
     assert one == other
 
 
-@pytest.mark.parametrize(("solver", "f"), [*((s, loss) for s in SOLVERS), ("rk4", batched), ("tsit5", batched)])
+@pytest.mark.parametrize(
+    ("solver", "f"), [*((s, loss) for s in SOLVERS), ("rk4", batched), pytest.param("tsit5", batched, marks=pytest.mark.sweep)]
+)
 def test_values_and_gradients_are_those_without_the_loop(monkeypatch, solver, f):
     g = jax.jit(jax.value_and_grad(partial(f, SOLVERS[solver]), (0, 1)))
     close(*both(monkeypatch, g, STATE, WEIGHTS))

@@ -3,6 +3,7 @@ pieces.
 """
 
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -41,18 +42,21 @@ def after_doses(t, k, y0, times, amounts):
     return y0 * jnp.exp(-k * t) + jnp.sum(gone)
 
 
-@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize(
+    "solver", [pytest.param(s, id=k, marks=[pytest.mark.sweep] if k == "dopri8" else []) for k, s in SOLVERS.items()]
+)
 def test_doses_are_the_closed_form_and_so_are_their_gradients(solver):
     """Doses at the start, at a save time, two at once, at the end (does not apply), never, and before the start."""
     x = (1.3, 0.7, TIMES, AMOUNTS)
     sol = jode.check(doses(solver, *x))
-    np.testing.assert_allclose(sol.ys, [after_doses(t, *x) for t in TS], rtol=0, atol=2e-10)
     # at 1.2 two doses coincide with a save time: what is later than that has smooth derivatives
     loss = lambda *x: jnp.sum(doses(solver, *x).ys[3:] ** 2)
     exact = lambda *x: sum(after_doses(t, *x) ** 2 for t in TS[3:])
-    got, want = jax.grad(loss, (0, 1, 2, 3))(*x), jax.grad(exact, (0, 1, 2, 3))(*x)
+    by_all = lambda derivative, f: jax.jit(derivative(f, (0, 1, 2, 3)))(*x)
+    np.testing.assert_allclose(sol.ys, jax.jit(jax.vmap(lambda t: after_doses(t, *x)))(TS), rtol=0, atol=2e-10)
+    got, want, forward = by_all(jax.grad, loss), by_all(jax.grad, exact), by_all(jax.jacfwd, loss)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-8), got, want)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11), got, jax.jacfwd(loss, (0, 1, 2, 3))(*x))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11), got, forward)
 
 
 RATES = jnp.array([[-0.9, 0.3], [0.5, -0.3]])  # elimination 0.4 and exchange between blood and tissue
@@ -104,11 +108,12 @@ def test_rows_have_schedules_of_their_own(solver):
         one = lambda k, y0, times: jnp.stack([after_doses(t, k, y0, times, amounts) for t in TS[1:]])
         return jnp.sum(jax.vmap(one)(k, y0, times) ** 2)
 
-    (value, ys), got = jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(k, y0, times, amounts)
-    one = [doses(solver, k[i], y0[i], times[i], amounts).ys for i in (0, n - 1)]
-    np.testing.assert_allclose(ys[jnp.array([0, n - 1])], one, rtol=1e-9, atol=1e-11)
-    np.testing.assert_allclose(value, exact(k, y0, times, amounts), rtol=1e-9)
-    want = jax.grad(exact, (0, 1, 2, 3))(k, y0, times, amounts)
+    (value, ys), got = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(k, y0, times, amounts)
+    alone = jax.jit(lambda *x: doses(solver, *x).ys)
+    one = [alone(k[i], y0[i], times[i], amounts) for i in (0, n - 1)]
+    np.testing.assert_allclose(np.array(ys)[[0, n - 1]], one, rtol=1e-9, atol=1e-11)
+    true, want = jax.jit(jax.value_and_grad(exact, (0, 1, 2, 3)))(k, y0, times, amounts)
+    np.testing.assert_allclose(value, true, rtol=1e-9)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-8), got, want)
 
 
@@ -125,26 +130,22 @@ CASES = [(a, s) for a in (jode.Backprop(None), jode.Backprop(4), jode.MemoryFree
 CASES += [(jode.MemoryFree(), replace(s, method=jode.Reversible(jode.dopri8))) for s in (replace(EQUAL, steps=40), FOUND)]
 
 
-@pytest.mark.parametrize("adjoint, solver", CASES, ids=repr)
-def test_every_discrete_adjoint_goes_back_through_jumps(solver, adjoint):
-    """A reset that loses information, between checkpoints and under inverse steps; found grids in chapters besides."""
+def pendulum(t, y, a):
+    return jnp.stack([y[1], -a * jnp.sin(y[0])])
 
-    def pendulum(t, y, a):
-        return jnp.stack([y[1], -a * jnp.sin(y[0])])
 
-    def kick(t, y, a, x):
-        return jnp.stack([y[0], x * jnp.cos(t) * y[0] - 0.3 * y[1] ** 2])
+def kick(t, y, a, x):
+    return jnp.stack([y[0], x * jnp.cos(t) * y[0] - 0.3 * y[1] ** 2])
 
-    times, xs = jnp.array([0.7, 1.9, 2.5]), jnp.array([0.4, -0.8, 0.3])
 
-    def loss(a, times, xs, adjoint):
-        ys = jode.odeint(
-            pendulum, jnp.array([1.0, 0.2]), (0.0, 1.0, 4.0), a, solver=solver, adjoint=adjoint, jumps=(times, kick, xs)
-        )
-        return jnp.sum(ys[1:] ** 2)
+KICKS = 1.1, jnp.array([0.7, 1.9, 2.5]), jnp.array([0.4, -0.8, 0.3])
+
+
+@cache
+def kicked_by_hand():
+    """Derivatives of the sum of squares at 1 and 4, solved piece by piece."""
 
     def pieces(a, times, xs):
-        """By hand, piece by piece."""
         y, t, total = jnp.array([1.0, 0.2]), jnp.zeros(()), 0.0
         for end, x in [(times[0], xs[0]), (jnp.ones(()), None), (times[1], xs[1]), (times[2], xs[2]), (4 * jnp.ones(()), None)]:
             y = jode.odeint(pendulum, y, jnp.stack([t, end]), a, solver=jode.Adaptive(jode.dopri8, 1e-13, 1e-13))[-1]
@@ -152,8 +153,21 @@ def test_every_discrete_adjoint_goes_back_through_jumps(solver, adjoint):
             y = y if x is None else kick(end, y, a, x)
         return total
 
-    got, want = jax.grad(loss, (0, 1, 2))(1.1, times, xs, adjoint), jax.grad(pieces, (0, 1, 2))(1.1, times, xs)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-8), got, want)
+    return jax.jit(jax.grad(pieces, (0, 1, 2)))(*KICKS)
+
+
+@pytest.mark.parametrize("adjoint, solver", CASES, ids=repr)
+def test_every_discrete_adjoint_goes_back_through_jumps(solver, adjoint):
+    """A reset that loses information, between checkpoints and under inverse steps; found grids in chapters besides."""
+
+    def loss(a, times, xs):
+        ys = jode.odeint(
+            pendulum, jnp.array([1.0, 0.2]), (0.0, 1.0, 4.0), a, solver=solver, adjoint=adjoint, jumps=(times, kick, xs)
+        )
+        return jnp.sum(ys[1:] ** 2)
+
+    got = jax.jit(jax.grad(loss, (0, 1, 2)))(*KICKS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-8), got, kicked_by_hand())
 
 
 @pytest.mark.parametrize("method", [jode.dopri5, jode.Reversible(jode.bosh3)], ids=repr)
@@ -190,13 +204,13 @@ def test_between_a_stop_and_an_equal_jump_f_is_what_it_is_after_the_stop(solver,
     np.testing.assert_allclose(got, (2 * 5.0, -3.0), rtol=0, atol=1e-12)
 
 
-def test_second_derivatives_go_through_jumps():
+@pytest.mark.parametrize("outer", [jax.jacfwd, pytest.param(jax.jacrev, marks=pytest.mark.sweep)], ids=["jacfwd", "jacrev"])
+def test_second_derivatives_go_through_jumps(outer):
     x = (1.3, 0.7, TIMES[1:3], AMOUNTS[1:3])
     loss = lambda *x: doses(FINE, *x).ys[-1] ** 2
     exact = lambda *x: after_doses(TS[-1], *x) ** 2
-    for outer in (jax.jacfwd, jax.jacrev):
-        got, want = outer(jax.grad(loss, (0, 2, 3)), (0, 2, 3))(*x), jax.hessian(exact, (0, 2, 3))(*x)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-7), got, want)
+    got, want = (jax.jit(second)(*x) for second in (outer(jax.grad(loss, (0, 2, 3)), (0, 2, 3)), jax.hessian(exact, (0, 2, 3))))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-7), got, want)
 
 
 def test_grids_found_again_in_chapters_have_their_jumps():
@@ -206,7 +220,7 @@ def test_grids_found_again_in_chapters_have_their_jumps():
     ends = lambda k, times: jax.vmap(lambda k: doses(solver, k, 0.7, times, amounts, ts=(0.0, 3.0)).ys[-1])(k)
     exact = lambda k, times: jax.vmap(lambda k: after_doses(3.0, k, 0.7, times, amounts))(k)
     assert int(doses(solver, 2.0, 0.7, times, amounts).stats.steps) > 600
-    got, want = (jax.grad(lambda k, times: jnp.sum(f(k, times) ** 2), (0, 1))(k, times) for f in (ends, exact))
+    got, want = (jax.jit(jax.grad(lambda k, times: jnp.sum(f(k, times) ** 2), (0, 1)))(k, times) for f in (ends, exact))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), got, want)
 
 
@@ -216,6 +230,7 @@ def square(t, y, a):
 
 def test_a_square_wave_costs_no_more_than_its_pieces_and_keeps_its_order():
     stops, ts = jnp.arange(1.0, 9.0), (0.0, 8.0)
+    held = lambda t, y, a: a[1] - a[0] * y
 
     def exact(a):
         y = 0.0
@@ -232,7 +247,7 @@ def test_a_square_wave_costs_no_more_than_its_pieces_and_keeps_its_order():
         pieces, y = 0, 0.0
         for i in range(8):
             u = 1.0 if i % 2 == 0 else -1.0
-            piece = jode.solve(lambda t, y, a, u=u: u - a * y, y, (float(i), i + 1.0), 0.8, solver=solver)
+            piece = jode.solve(held, y, np.array([i, i + 1.0]), (0.8, u), solver=solver)
             pieces, y = pieces + int(piece.stats.nfe), piece.ys[-1]
         plain = jode.solve(square, 0.0, ts, 0.8, solver=solver)
         assert int(sol.stats.nfe) <= min(pieces, int(plain.stats.nfe))
@@ -248,9 +263,10 @@ def test_a_square_wave_costs_no_more_than_its_pieces_and_keeps_its_order():
 def test_the_time_of_a_stop_has_a_gradient(solver, derivative):
     """y' = a before T and b after: dy(1)/dT = a - b."""
     f = lambda t, y, p: jnp.where(t < p[2], p[0], p[1])
-    end = lambda T, way=1: jode.odeint(f, 0.0, (0.0, 1.0)[::way], jnp.stack([2.0, -3.0, T]), solver=solver, stops=T[None])[-1]
-    np.testing.assert_allclose(derivative(end)(jnp.float64(0.37)), 5.0, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(derivative(lambda T: end(T, -1))(jnp.float64(0.37)), -5.0, rtol=0, atol=1e-12)
+    end = lambda T, ts: jode.odeint(f, 0.0, ts, jnp.stack([2.0, -3.0, T]), solver=solver, stops=T[None])[-1]
+    slope, ts = jax.jit(derivative(end)), np.array([0.0, 1.0])
+    np.testing.assert_allclose(slope(0.37, ts), 5.0, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(slope(0.37, ts[::-1]), -5.0, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("solver", [jode.Adaptive(), jode.Fixed(jode.rk4, 3)], ids=["adaptive", "fixed"])
@@ -304,7 +320,7 @@ def test_a_pytree_is_observed_through_jumps_by_a_function_with_constants():
     np.testing.assert_allclose(sol.ys["a"][-1], 3 * np.exp(-1), rtol=1e-10)
     np.testing.assert_allclose(sol.ys["b"][-1], 1 - np.exp(-0.5) + 3 * (np.exp(-0.5) - np.exp(-1)), rtol=1e-9)
     assert 1 < float(sol.observed) < 3 * np.exp(-0.5)
-    np.testing.assert_allclose(jax.grad(lambda c: solved(c).ys["a"][-1])(3.0), np.exp(-1), rtol=1e-10)
+    np.testing.assert_allclose(jax.jit(jax.grad(lambda c: solved(c).ys["a"][-1]))(3.0), np.exp(-1), rtol=1e-10)
 
 
 def test_wrong_use_is_refused_in_words():

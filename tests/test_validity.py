@@ -105,7 +105,7 @@ def power(flips, tolerance, n, confidence):
     return abs(change - tolerance) > 2.2 * half
 
 
-@pytest.mark.parametrize("n", [100, 300, 1000, 3000, 10_000])
+@pytest.mark.parametrize("n", [300, 3000, *(pytest.param(n, marks=pytest.mark.sweep) for n in (100, 1000, 10_000))])
 @pytest.mark.parametrize(
     "flips",
     # (right to wrong, wrong to right), as rates per example; the tolerance is 0.02
