@@ -28,7 +28,8 @@ def odeint(
     """The states at the times t of dy/dt = func(y, t, *args), y(t[0]) = y0, by Dopri5.
 
     Args:
-        func: the vector field, called with the state first. What it returns may have another structure than the state: its components
+        func: the vector field, called with the state first. What it returns may have another structure than the state: its
+        components
             are taken in order.
         y0: the initial state, any pytree of arrays.
         t: the times, at least two; t[0] is the initial one.
