@@ -177,7 +177,9 @@ def test_a_time_at_which_g_only_touches_zero_has_no_gradient():
     assert np.isnan(slope)
 
 
-@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize(
+    "solver", [pytest.param(s, id=k, marks=[pytest.mark.sweep] if k == "dopri8" else []) for k, s in SOLVERS.items()]
+)
 def test_a_function_at_times_of_its_own(solver):
     A = jnp.array([[-0.3, 1.2], [-1.0, -0.1]])
     f = lambda t, y, k: k * (A @ y)

@@ -113,7 +113,7 @@ def test_adaptive_steps_equal_autodiff_of_a_loop_over_the_accepted_grid(adjoint)
     ours = jax.grad(
         lambda y0, a: jnp.sum(jode.odeint(f, y0, (0.0, 1.0), {**ARGS, "a": a}, solver=solver, adjoint=adjoint)[-1] ** 2), (0, 1)
     )
-    for a, b in zip(jax.jit(ours)(Y0, ARGS["a"]), jax.grad(loss, (0, 1))(Y0, ARGS["a"]), strict=True):
+    for a, b in zip(jax.jit(ours)(Y0, ARGS["a"]), jax.jit(jax.grad(loss, (0, 1)))(Y0, ARGS["a"]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
     assert len(grid) > 3
 

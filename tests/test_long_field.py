@@ -93,7 +93,11 @@ def test_values_and_gradients_are_those_without_the_loop(monkeypatch, solver, f)
     close(*both(monkeypatch, g, STATE, WEIGHTS))
 
 
-@pytest.mark.parametrize("adjoint", [jode.Backprop(checkpoints=2), jode.MemoryFree(), jode.Backsolve()], ids=repr)
+@pytest.mark.parametrize(
+    "adjoint",
+    [pytest.param(jode.Backprop(checkpoints=2), marks=pytest.mark.sweep), jode.MemoryFree(), jode.Backsolve()],
+    ids=repr,
+)
 def test_other_adjoints_too(monkeypatch, adjoint):
     g = lambda w: jax.grad(lambda w: loss(jode.Fixed(jode.rk4, 5), STATE, w, adjoint=adjoint))(w)
     close(*both(monkeypatch, g, WEIGHTS))

@@ -16,14 +16,25 @@ TSIT5, DOPRI8 = (jode.Adaptive(m, 1e-11, 1e-11) for m in (jode.tsit5, jode.dopri
 EQUAL = jode.Fixed(jode.dopri8, 20)
 
 
-@pytest.mark.parametrize("method", ["tsit5", "dopri8", "bosh3"])
+PROBLEMS = {
+    "lotka_volterra": (lotka_volterra, [1.0, 1.0], 10.0),
+    "lorenz": (lorenz, [1.0, 1.0, 1.0], 5.0),
+    "van_der_pol": (van_der_pol(5.0), [2.0, 0.0], 10.0),
+}
+DAILY = [("lotka_volterra", "tsit5"), ("lorenz", "dopri8"), ("lorenz", "bosh3"), ("van_der_pol", "tsit5")]
+
+
 @pytest.mark.parametrize(
-    ("f", "y0", "t1"),
-    [(lotka_volterra, [1.0, 1.0], 10.0), (lorenz, [1.0, 1.0, 1.0], 5.0), (van_der_pol(5.0), [2.0, 0.0], 10.0)],
-    ids=["lotka_volterra", "lorenz", "van_der_pol"],
+    ("problem", "method"),
+    [
+        pytest.param(problem, method, marks=[] if (problem, method) in DAILY else [pytest.mark.sweep])
+        for problem in PROBLEMS
+        for method in ("tsit5", "dopri8", "bosh3")
+    ],
 )
-def test_the_solution_at_any_time_is_as_good_as_the_end(f, y0, t1, method):
+def test_the_solution_at_any_time_is_as_good_as_the_end(problem, method):
     """The bound of test_adaptive.py for save times, at a thousand times, each beside a step that ends there; and it costs no step."""
+    f, y0, t1 = PROBLEMS[problem]
     tol, y0 = (1e-5 if method == "bosh3" else 1e-7), jnp.array(y0)
     solver = jode.Adaptive(getattr(jode, method), tol, tol)
     times = np.sort(np.random.default_rng(0).uniform(0, t1, 1000))

@@ -20,21 +20,24 @@ SOLVERS = {
     "reversible": jode.Fixed(jode.reversible_heun, 4),
 }
 ADJOINTS = [jode.Backprop(), jode.Backprop(2), jode.MemoryFree(), jode.Backsolve()]
-PAIRS = [
-    pytest.param(s, a, id=f"{name}-{type(a).__name__}{getattr(a, 'checkpoints', '') or ''}")
-    for (name, s), a in itertools.product(SOLVERS.items(), ADJOINTS)
-    if a.refusal(s) is None
+CHOSEN = [
+    ("fixed", ADJOINTS[0]),
+    ("traced", ADJOINTS[1]),
+    ("adaptive", ADJOINTS[0]),
+    ("adaptive", ADJOINTS[3]),
+    ("reversible", ADJOINTS[2]),
+    ("fixed", ADJOINTS[2]),
 ]
-FEW = [
-    pytest.param(SOLVERS[s], a, id=f"{s}-{type(a).__name__}")
-    for s, a in [
-        ("fixed", ADJOINTS[0]),
-        ("traced", ADJOINTS[1]),
-        ("adaptive", ADJOINTS[0]),
-        ("adaptive", ADJOINTS[3]),
-        ("reversible", ADJOINTS[2]),
-        ("fixed", ADJOINTS[2]),
-    ]
+FEW = [pytest.param(SOLVERS[s], a, id=f"{s}-{type(a).__name__}") for s, a in CHOSEN]
+PAIRS = [
+    pytest.param(
+        SOLVERS[s],
+        a,
+        id=f"{s}-{type(a).__name__}{getattr(a, 'checkpoints', '') or ''}",
+        marks=[] if (s, a) in CHOSEN else [pytest.mark.sweep],
+    )
+    for s, a in itertools.product(SOLVERS, ADJOINTS)
+    if a.refusal(SOLVERS[s]) is None
 ]
 TS = jnp.linspace(0.0, 1.0, 3)
 
