@@ -53,20 +53,15 @@ def _main(quick):
                 for peer, seconds in times.items():
                     error = apart(found[peer], true, atol if what == "forward" else None)
                     ratio = seconds / times["jode rodas5p"]
-                    row = [
-                        problem,
-                        batch,
-                        what,
-                        peer,
-                        f"{seconds / batch * 1e6:.4g}",
-                        f"{ratio:.1f}",
-                        f"{error:.2g}",
-                        f"{costs[peer]:.1f}",
-                    ]
-                    rows.append(row)
-                    print(*row, flush=True)
+                    rows.append(line(problem, batch, what, peer, seconds, ratio, error, costs[peer]))
         table(rows, quick)
     table(rows + mixed(quick), quick)
+
+
+def line(problem, batch, what, peer, seconds, ratio, error, cost):
+    row = [problem, batch, what, peer, f"{seconds / batch * 1e6:.4g}", f"{ratio:.1f}", f"{error:.2g}", f"{cost:.1f}"]
+    print(*row, flush=True)
+    return row
 
 
 def table(rows, quick):
@@ -114,18 +109,7 @@ def mixed(quick):
         assert np.isnan(found[peer][7]).all()
         error = apart(found[peer][sound], true[sound], atol)
         ratio = seconds / times["jode rodas5p"]
-        row = [
-            "1 % stiffer",
-            batch,
-            "forward",
-            peer,
-            f"{seconds / batch * 1e6:.4g}",
-            f"{ratio:.1f}",
-            f"{error:.2g}",
-            f"{costs[peer]:.1f}",
-        ]
-        rows.append(row)
-        print(*row, flush=True)
+        rows.append(line("1 % stiffer", batch, "forward", peer, seconds, ratio, error, costs[peer]))
     return rows
 
 
