@@ -343,6 +343,7 @@ def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, checked: 
         first = jax.tree.unflatten(treedef, [x[0] if m else x for x, m in zip(leaves, solver.leading(args), strict=True)])
         y0 = asked.initial(ts[0], y, first)
     layout = Layout.of(y0)
+    solver.method.check(y)
     given, valid, packed = ts, None, layout.pack(jax.tree.leaves(y0))
     if not checked:  # an invalid trajectory starts from NaN and goes nowhere, like any other that fails at its start
         valid = _valid(ts, solver, stops, jumps and jumps[0])
@@ -355,6 +356,7 @@ def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, checked: 
         solver, ts, saved = stopping(solver, ts, others, stops, jumps and jumps[0])
     elif looks:
         ts = jnp.concatenate([ts, others])
+    f = observing(f, list(asked.beside)) if beside else f
     if jumps:
         args, jump = (args, jumps[2]), jump_of(jumps[1], beside, jumps[2] is not None)
         f, of = (lambda t, y, args: of(t, y, args[0])), f
@@ -362,7 +364,6 @@ def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, checked: 
     intervals = saves - 1
     layers = solver.layers(args, intervals)
     steps = solver.steps_between(intervals, layers)
-    f = observing(f, list(asked.beside)) if beside else f
     jac = solver.method.jac and inside(solver.method.jac, beside, bool(jumps))
     closed, params, outs = close(f, ts, y0, args, layout, solver.leading(args), beside, jump, jac, asked.seen_with(bool(jumps)))
     weights = sum(x.size for x in (*params.shared, *params.layers))

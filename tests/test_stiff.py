@@ -1,6 +1,6 @@
 """Rosenbrock methods: orders, digits, gradients, the ways to solve their systems, and what happens where those fail."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import jax
@@ -167,6 +167,49 @@ def test_bands_solve_a_partial_differential_equation_by_lines():
     np.testing.assert_allclose(banded, dense, rtol=1e-9)
 
 
+@pytest.mark.parametrize("bands", [(7, 5), (60, 80)], ids=str)
+def test_bands_may_be_wide(bands):
+    """Wider than they must be, and than the state is; a program of a few equations whatever their width."""
+    f = lambda t, y, a: a * jnp.diff(jnp.pad(y, 1), 2) - y**3
+    y0 = jnp.sin(jnp.arange(1.0, 40.0))
+    run = lambda m: jode.solve(f, y0, (0.0, 1.0), 30.0, solver=jode.Adaptive(m, 1e-6, 1e-6)).ys[-1]
+    assert len(str(jax.make_jaxpr(run, static_argnums=0)(replace(jode.rodas5p, bands=bands)))) < 300_000
+    np.testing.assert_allclose(run(replace(jode.rodas5p, bands=bands)), run(jode.rodas5p), atol=1e-12)
+
+
+def test_states_without_components():
+    """Nothing to solve, alone and in a batch."""
+    run = lambda y: jode.odeint(lambda t, y, a: y, y, (0.0, 1.0), solver=jode.Adaptive(jode.rodas5p))
+    assert run(jnp.zeros(0)).shape == (2, 0)
+    assert run({}) == {}
+    assert jax.vmap(run)(jnp.zeros((3, 0))).shape == (3, 2, 0)
+
+
+@dataclass(frozen=True)
+class Sum(jode.Observer):
+    """What y sums up to after the steps, times args."""
+
+    dtype: str = "float64"
+
+    def init(self, t, y, args):
+        return jnp.zeros((), self.dtype)
+
+    def step(self, kept, t, y, args):
+        return kept + (args * jnp.sum(y)).astype(self.dtype)
+
+
+@pytest.mark.parametrize("way", [{"bands": (1, 1)}, {"jac": jax.jacfwd(wavy, 1)}], ids=["bands", "jac"])
+def test_what_observers_keep_is_no_part_of_the_system(way):
+    """Of another dtype than the state, and with jumps, whose rows are behind args."""
+    jumps = (jnp.array([0.7]), lambda t, y, a: y + a)
+    run = lambda m: jode.solve(
+        wavy, Y0, TS, A, solver=jode.Fixed(m, 8), observe={"wide": Sum(), "narrow": Sum("float32")}, jumps=jumps
+    )
+    sol = run(replace(jode.rodas5p, **way))
+    for a, b in zip(*(jax.tree.leaves((x.ys, x.observed)) for x in (sol, run(jode.rodas5p))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
 def test_states_may_be_trees_of_several_dtypes_and_complex():
     """Also where f is not holomorphic: derivatives are those by real and imaginary parts."""
 
@@ -259,6 +302,16 @@ def test_the_continuous_adjoint_takes_implicit_steps_back():
     of = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=3)
     for a, b in zip(*(jax.tree.leaves(of(Y0, A, jnp.array(TS), x)) for x in (jode.Backsolve(), jode.Backprop())), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", [jode.tsit5, jode.rodas5p], ids=str)
+def test_a_step_back_that_left_the_domain_is_tried_again_by_the_continuous_adjoint(method):
+    """Nothing of it is left in the integrals: y' = 3 a y log y, y(1) = 2^exp(3 a), back with a first step into y < 0."""
+    f = lambda t, y, a: 3 * a * y * jnp.log(y)
+    wide = jode.Backsolve(solver=jode.Adaptive(method, 1e-8, 1e-8, first_step=1.0))
+    loss = lambda y, a: jode.odeint(f, y, (0.0, 1.0), a, solver=jode.Adaptive(method, 1e-8, 1e-8), adjoint=wide)[-1]
+    exact = lambda y, a: y ** jnp.exp(3 * a)
+    np.testing.assert_allclose(jax.grad(loss, (0, 1))(2.0, 0.5), jax.grad(exact, (0, 1))(2.0, 0.5), rtol=1e-6)
 
 
 def test_what_happens_on_the_way_is_seen():
@@ -367,6 +420,15 @@ def test_an_explicit_solve_says_that_stability_kept_it_from_its_end(method):
         jode.check(sol)
 
 
+def test_stiff_is_said_whichever_way_time_runs_and_whoever_looks_on():
+    follow = lambda t, y, a: -a * (y - jnp.cos(t))
+    run = lambda a, ts, **more: int(jode.solve(follow, jnp.ones(2), ts, a, solver=jode.Adaptive(max_steps=200), **more).status)
+    assert run(1e4, (0.0, 5.0)) == run(-1e4, (5.0, 0.0)) == run(1e4, (0.0, 5.0), observe=Sum()) == jode.Status.stiff
+    rough = jode.Adaptive(rtol=0.3, atol=1e-9, max_steps=10)
+    grown = jode.solve(lambda t, y, a: -a * y, jnp.ones(2), (5.0, 0.0), 40.0, solver=rough)  # grows by e^200
+    assert grown.status == jode.Status.max_steps
+
+
 @pytest.mark.parametrize("field", ["oscillator", "quadrature", "growth"])
 def test_what_is_not_stiff_is_not_called_so(field):
     fields = {
@@ -400,6 +462,10 @@ def test_wrong_use_is_refused_in_words():
         jode.Rosenbrock(jode.rodas5p.tableau, bands=(1, 1), krylov=lx.GMRES(rtol=1e-3, atol=1e-3))
     with pytest.raises(ValueError, match="two ints"):
         replace(jode.rodas5p, bands=(1,))
+    with pytest.raises(ValueError, match="two ints"):
+        replace(jode.rodas5p, bands=1)
+    with pytest.raises(ValueError, match=r"Backsolve.*no bands"):
+        jode.solve(wavy, Y0, TS, A, solver=jode.Adaptive(replace(jode.rodas5p, bands=(1, 1))), adjoint=jode.Backsolve())
     with pytest.raises(ValueError, match=r"has none: use jode.Backprop"):
         jode.solve(wavy, Y0, TS, A, solver=jode.Adaptive(jode.rodas5p), adjoint=jode.MemoryFree())
     with pytest.raises(TypeError, match=r"∂f/∂y as jax.jacfwd"):

@@ -14,7 +14,7 @@ from jode.adjoint.rule import Adjoint, contained, drift, failed
 from jode.control import Solver
 from jode.march import Cotangents, March, Outcome, Problem, inner, numbers_to_layout
 from jode.observe import Seen, Watch
-from jode.tree import State, add, real_dtype, stack, take, zeros_like
+from jode.tree import State, add, real_dtype, stack, take, where, zeros_like
 from jode.window import Params
 
 
@@ -55,6 +55,11 @@ class Backsolve(Adjoint):
                 f"Backsolve needs a Runge-Kutta or Rosenbrock method on the way back, and {back.method!r} carries more than y: "
                 "give Backsolve(solver=...)"
             )
+        if getattr(back.method, "bands", None) is not None:
+            return (
+                "Backsolve goes back along the state and its adjoint, whose Jacobian has no bands: "
+                "give Backsolve(solver=...) without them, or use Backprop"
+            )
         return f"Backsolve: {refusal}" if (refusal := back.refusal()) else None
 
     def counted(self, plan: Any, rows: int, outcome: Outcome) -> Outcome:
@@ -84,14 +89,15 @@ class Integrals(Watch):
 
     def step(self, march: March, problem: Problem, carry: tuple, seen: Seen) -> tuple:
         window, s, params = seen.window, seen.s, problem.params
-        t, h, m = window.t, window.h, len(s) // 2
         nodes, weights, states = march.method.quadrature(window, s, seen.slopes)
+        accept = jnp.asarray(True if seen.accept is None else seen.accept)
+        states = [where(accept, x, s) for x in states]  # a step that was rejected may hold NaN, which no weight of 0 takes away
+        t, h, m = window.t, jnp.where(accept, window.h, 0), len(s) // 2
         nodes, weights, stages = jnp.asarray(nodes, h.dtype), jnp.asarray(weights, h.dtype), stack(states)
-        accept = True if seen.accept is None else seen.accept
 
         def stage(sums: tuple, xs: tuple) -> tuple:
             c, b, s = xs
-            weight = jnp.where(accept, -b * h, 0)
+            weight = -b * h
             F = lambda t, shared: self.march.F(t, s[:m], params._replace(shared=shared))
             _, back = jax.vjp(F, t + c * h, params.shared)
             tbar, shared = back(tuple(weight.astype(real_dtype(x.dtype)).astype(x.dtype) * x for x in s[m:]))

@@ -40,7 +40,7 @@ def stability_limited(march: Any, problem: Problem, out: Array, t: Array, h: Arr
     first = tuple(jnp.cos(3.0 * jnp.cumsum(jnp.ones_like(x), axis=1 if rows.size is not None and rows.axis == 0 else 0)) for x in y)
     n = jnp.where(jnp.any(out), ITERATIONS, 0)
     rayleigh = jax.lax.fori_loop(0, n, iterate, (first, jnp.zeros_like(size)))[1] / width**2
-    return out & (-rayleigh.astype(h.dtype) * jnp.abs(h) > limit / 2)
+    return out & (-rayleigh.astype(h.dtype) * h > limit / 2)
 
 
 def _norm(rows: Rows, s: State) -> Array:

@@ -53,6 +53,9 @@ class Method:
         """The method for a solve of at most so many steps; 0 where that is not known."""
         return self
 
+    def check(self, y0: Any) -> None:
+        """Raise where the method does not know how to solve for such a state, the user's own."""
+
     def start(self, y: State, slope: Callable[[], State]) -> State:
         """The method's own state for y, given the slope there."""
         return y

@@ -164,10 +164,10 @@ def banded(window: Window, s: State, gamma: float, lower: int, upper: int) -> Sy
     are chosen within blocks alone, so the residual is looked at: a system that is not solved to 1e-3 (in float32, else 1e-6) has
     failed.
     """
-    if len(s) > 1 or any(map(jnp.iscomplexobj, s)):
-        raise ValueError("bands are those of states of one real dtype: use jac or krylov, or give real and imaginary parts in turn")
     rows, y = window.rows, joined(window.rows, s)
-    n, m = y.shape[_axis(rows)], max(lower, upper, 1)
+    n = y.shape[_axis(rows)]
+    lower, upper = min(lower, n - 1), min(upper, n - 1)
+    m = max(lower, upper, 1)
     colours, blocks = lower + upper + 1, -(-n // m)
     size, i = blocks * m, np.arange(blocks * m)
     slope, bend, moved = along(window, s, jnp.asarray(i[:n] % colours == np.arange(colours)[:, None]))
@@ -212,7 +212,11 @@ def _tridiagonal(W: tuple, x: Array) -> Array:
 def _thomas(W: tuple) -> Callable:
     """r -> W⁻¹ r by blocks: D_k ← D_k - L_k D_{k-1}⁻¹ U_{k-1}, and likewise for r; then back."""
     lower, diagonal, upper = W
-    one = lambda D: jnp.moveaxis(inverse(jnp.moveaxis(D, (-2, -1), (0, 1))), (0, 1), (-2, -1))
+
+    def one(D: Array) -> Array:
+        if D.shape[-1] > WRITTEN_OUT:
+            return jsl.lu_solve(jsl.lu_factor(D), _identity(D, D.ndim - 2))
+        return jnp.moveaxis(inverse(jnp.moveaxis(D, (-2, -1), (0, 1))), (0, 1), (-2, -1))
 
     def forth(carry: tuple, blocks: tuple) -> tuple:
         M, U = carry

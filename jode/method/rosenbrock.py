@@ -47,7 +47,8 @@ class Rosenbrock(Method):
         given = [name for name in ("jac", "bands", "krylov") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{self!r}: {' and '.join(given)} are ways to solve the same systems: give one")
-        if self.bands is not None and not (len(self.bands) == 2 and all(isinstance(n, int) and n >= 0 for n in self.bands)):
+        pair = isinstance(self.bands, tuple) and len(self.bands) == 2 and all(isinstance(n, int) and n >= 0 for n in self.bands)
+        if self.bands is not None and not pair:
             raise ValueError(f"{self!r}: bands must be two ints, how many below and above the diagonal, got {self.bands!r}")
         t = self.tableau
         of_t = {"order": t.order, "embedded_order": t.embedded_order, "error": (t.error,), "dense": t.dense}
@@ -60,6 +61,13 @@ class Rosenbrock(Method):
         """Without `jac`, which may close over tracers: the march has it as a function of its parameters."""
         return replace(self, jac=None)
 
+    def check(self, y0: Any) -> None:
+        dtypes = {x.dtype for x in jax.tree.leaves(y0)}
+        if self.bands is not None and (len(dtypes) > 1 or any(jnp.issubdtype(d, jnp.complexfloating) for d in dtypes)):
+            raise ValueError(
+                "bands are those of states of one real dtype: use jac or krylov, or give real and imaginary parts in turn"
+            )
+
     def system(self, window: Window, s: State) -> System:
         """f, h ∂f/∂t, and how to solve (I - h γ J) x = r, at the start of a step from s."""
         gamma = self.tableau.gamma
@@ -68,6 +76,8 @@ class Rosenbrock(Method):
         return banded(window, s, gamma, *self.bands) if self.bands else dense(window, s, gamma)
 
     def step(self, window: Window, s: State, slope: Any = ()) -> Step:
+        if not any(x.size for x in s):  # nothing to solve
+            return Step(s, [s] * self.tableau.stages)
         return self._looped(window, s) if window.long else self._written_out(window, s)
 
     def _written_out(self, window: Window, s: State) -> Step:

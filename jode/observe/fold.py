@@ -69,6 +69,7 @@ class Observed(Method):
             "error",
             "dense",
             "jacobians",
+            "stability",
         )
         self.__dict__.update({name: getattr(self.method, name) for name in names})
 
