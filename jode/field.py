@@ -76,7 +76,7 @@ def close(
             closed, out = jax.make_jaxpr(flat, return_shape=True)(jax.ShapeDtypeStruct((), time), y, example, *numbers)
         except (TypeError, ValueError, IndexError) as e:
             shapes = ", ".join(f"{d}{list(s)}" for s, d in zip(layout.shapes[:4], layout.dtypes, strict=False))
-            e.add_note(f"jode called {name} with t a scalar and y of {shapes}; solve's own order is f, y0, ts, args")
+            e.add_note(f"jode called {name} with t a scalar and y0 of {shapes}; solve's own order is f, y0, ts, args")
             raise
         jaxpr = closed.jaxpr  # the function below holds no constants: they may be tracers
         consts = kept_in([jnp.asarray(c) for c in closed.consts], [False] * len(closed.consts))

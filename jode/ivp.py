@@ -170,7 +170,8 @@ class _Spied:
 
 
 _REMEDIES = {
-    Status.max_steps: "it needed more than max_steps steps: raise Adaptive(max_steps=...), or loosen rtol and atol",
+    Status.max_steps: "it needed more than max_steps steps: raise Adaptive(max_steps=...), loosen rtol and atol, or try "
+    "jode.rodas5p if the problem may be stiff",
     Status.stiff: "the problem is stiff: not the error but stability limited the steps, and max_steps were not enough. Use an "
     "implicit method, Adaptive(jode.rodas5p, ...)",
     Status.step_underflow: "the step shrank below the resolution of time: the solution may blow up there or leave the domain of f, "

@@ -277,7 +277,7 @@ def test_a_failed_row_harms_no_other(adjoint, solver):
     ("solver", "adjoint", "words"),
     [
         (jode.Layers(jode.euler), jode.Backsolve(), "layers are not one"),
-        (jode.Fixed(jode.leapfrog, 4), jode.Backsolve(), "Runge-Kutta method on the way back"),
+        (jode.Fixed(jode.leapfrog, 4), jode.Backsolve(), "Runge-Kutta or Rosenbrock method on the way back"),
         (jode.Adaptive(jode.Momentum(0.9)), jode.Backprop(), "estimates its error"),
         (jode.Layers(jode.heun, degree=2), jode.Backprop(), "degree must be 0"),
     ],

@@ -68,12 +68,17 @@ def test_blow_up_is_found_at_its_time(y0):
 
 
 def test_max_steps_is_reported_and_never_a_number():
-    sol = jode.solve(lambda t, y, a: -1e6 * y, jnp.ones(1), (0.0, 1.0), solver=SOLVERS["adaptive"])
-    assert sol.status == Status.max_steps
-    assert sol.stats.steps == 500
-    assert np.isnan(sol.ys[-1]).all()
-    with pytest.raises(jode.SolveError, match=r"max_steps after 500 steps.*stiff"):
-        jode.check(sol)
+    fields = {
+        Status.max_steps: (lambda t, y, a: jnp.cos(1e6 * t) + 0 * y, r"max_steps after 500 steps.*raise Adaptive\(max_steps"),
+        Status.stiff: (lambda t, y, a: -1e6 * y, r"stiff after 500 steps.*jode.rodas5p"),
+    }
+    for status, (f, words) in fields.items():
+        sol = jode.solve(f, jnp.ones(1), (0.0, 1.0), solver=SOLVERS["adaptive"])
+        assert sol.status == status
+        assert sol.stats.steps == 500
+        assert np.isnan(sol.ys[-1]).all()
+        with pytest.raises(jode.SolveError, match=words):
+            jode.check(sol)
 
 
 def test_an_unstable_fixed_step_is_not_a_success():

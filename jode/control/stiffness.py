@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jode.rows import Rows
@@ -20,29 +21,36 @@ def stability_limited(march: Any, problem: Problem, out: Array, t: Array, h: Arr
     beyond half of the method's interval of stability on the negative real axis, λ the dominant eigenvalue of ∂f/∂y.
 
     λ is found by the power method, with differences of f: fields that have no forward derivative are served too. Costs nothing
-    where no row is out of steps, and `ITERATIONS` evaluations of f, not counted, where one is.
+    where no row is out of steps, and `ITERATIONS` evaluations of f, not counted, where one is. Long fields, which take long to
+    compile wherever they stand, are not looked at.
     """
     limit, rows = march.method.stability, march.rows
-    if limit is None or not slope:
+    if limit is None or not slope or march.long:
         return out & False
     h, t, y, slope, params = jax.lax.stop_gradient((h, t, march.method.read(s), slope, problem.params))
-    size = _norm(rows, y)
-    width = float(jnp.finfo(size.dtype).eps) ** 0.5 * jnp.where(size > 0, size, 1)
+    square = _square(rows, y)
+    width = float(jnp.finfo(square.dtype).eps) * jnp.where(square > 0, square, 1)  # the square of that of the differences
 
     def iterate(_: Any, carry: tuple) -> tuple:
         v, _ = carry
-        scale = width / _norm(rows, v)
+        scale = jnp.sqrt(width / _square(rows, v))
         v = tuple(x * scale.astype(x.dtype) for x in v)
         ahead = march.F(t, tuple(x + z for x, z in zip(y, v, strict=True)), params)
         Jv = tuple(a - b for a, b in zip(ahead, slope, strict=True))
-        return Jv, sum(rows.sum(jnp.real(jnp.conj(x) * z)).astype(size.dtype) for x, z in zip(v, Jv, strict=True))
+        return Jv, sum(rows.sum(jnp.real(jnp.conj(x) * z)).astype(square.dtype) for x, z in zip(v, Jv, strict=True))
 
-    first = tuple(jnp.cos(3.0 * jnp.cumsum(jnp.ones_like(x), axis=1 if rows.size is not None and rows.axis == 0 else 0)) for x in y)
     n = jnp.where(jnp.any(out), ITERATIONS, 0)
-    rayleigh = jax.lax.fori_loop(0, n, iterate, (first, jnp.zeros_like(size)))[1] / width**2
-    return out & (-rayleigh.astype(h.dtype) * h > limit / 2)
+    rayleigh = jax.lax.fori_loop(0, n, iterate, (tuple(_some(rows, x) for x in y), jnp.zeros_like(square)))[1]
+    return out & (-rayleigh.astype(h.dtype) * h > limit / 2 * width.astype(h.dtype))
 
 
-def _norm(rows: Rows, s: State) -> Array:
+def _some(rows: Rows, like: Array) -> Array:
+    """A state in no direction that a problem would have."""
+    axis = 1 if rows.size is not None and rows.axis == 0 else 0
+    shape = [n if i == axis else 1 for i, n in enumerate(like.shape)]
+    return jnp.broadcast_to(np.cos(3.0 * np.arange(like.shape[axis])).reshape(shape).astype(like.dtype), like.shape)
+
+
+def _square(rows: Rows, s: State) -> Array:
     squares = [rows.sum(magnitude(x) ** 2) for x in s]
-    return jnp.sqrt(sum(x.astype(squares[0].dtype) for x in squares))
+    return sum(x.astype(squares[0].dtype) for x in squares[1:]) + squares[0] if len(s) > 1 else squares[0]

@@ -277,6 +277,13 @@ class March:
             reached=jnp.where(over, end, outcome.reached),
         )
 
+    def _whole(self, watch: Any, tables: State, status: Array) -> State:
+        """The tables of an observer, NaN in rows that failed if its entry is of the whole solve."""
+        if not watch.whole:
+            return tables
+        lost = self.rows.over_time(((status != int(Status.success)) & (status != int(Status.capacity)))[None])
+        return tuple(jnp.where(lost, jnp.nan, x).astype(x.dtype) for x in tables)
+
     def outcome(self, problem: Problem, c: Carry, saved: Any, slope: State | None) -> Outcome:
         solver, method, rows = self.solver, self.method, self.rows
         dense = jnp.zeros((), jnp.int32)
@@ -309,10 +316,8 @@ class March:
         for w, m in watched:
             full = (status == int(Status.success)) & w.overflowed(m)
             status = jnp.where(full, int(Status.capacity), status).astype(jnp.int32)
-        lost = rows.over_time(((status != int(Status.success)) & (status != int(Status.capacity)))[None])
-        unknown = lambda w, x: jnp.where(lost, jnp.nan, x).astype(x.dtype) if w.whole else x
-        observed = tuple(tuple(unknown(w, x) for x in w.read(m)) for w, m in watched)
-        jacobians = tried * method.jacobians
+        observed = tuple(self._whole(w, w.read(m), status) for w, m in watched)
+        jacobians = tried * method.jacobians if method.jacobians else jnp.zeros((), jnp.int32)
         stats = Stats(nfe, tried, accepted, tried - accepted, backward, jacobians, jacobians)
         return self._ended(problem, Outcome(ys, observed, good, stats, status, reached))
 
