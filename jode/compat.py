@@ -29,8 +29,7 @@ def odeint(
 
     Args:
         func: the vector field, called with the state first. What it returns may have another structure than the state: its
-        components
-            are taken in order.
+            components are taken in order.
         y0: the initial state, any pytree of arrays.
         t: the times, at least two; t[0] is the initial one.
         args: further arguments of func, pytrees.
