@@ -186,7 +186,7 @@ def contestants(p, y0, atol):
 
 
 def scipys(p, y0, atol):
-    k = 1.0 if p.args is None else p.args
+    k = jnp.asarray(1.0 if p.args is None else p.args)
     f = jax.jit(lambda t, y: field(p)(t, y, k))
     J = jax.jit(jax.jacfwd(lambda t, y: field(p)(t, y, k), 1))
     out = {}
