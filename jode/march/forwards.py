@@ -113,6 +113,7 @@ class March:
     functions: tuple = ()  # what observers look by, of all rows
     alone: Any = None  # the vector field of one trajectory
     keeps_resets: bool = False  # whether states that are reset are kept, for a way back that cannot take the step again
+    tells_stiff: bool = True  # whether a solve that ran out of steps is looked at for stiffness
     few: int = 0  # the loop ends where no more rows than this want another step
 
     @classmethod
@@ -210,7 +211,7 @@ class March:
         watches = self.watches if record is None else (*self.watches, record)
         keeping = replace(self, keeps_resets=resets and self.solver.marked)
         c, saved, slope = keeping.march(problem, watches)
-        outcome = self.outcome(problem, c, saved, slope)
+        outcome = replace(self, tells_stiff=False).outcome(problem, c, saved, slope)
         kept = Recorded((), (), (), ()) if record is None else c.observed[-1]
         grid = Grid((), (), (), (), (), ())
         if not self.solver.lands:
