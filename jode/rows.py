@@ -120,13 +120,18 @@ class Rows:
         parts = [vectors[..., e - n : e] for n, e in zip(sizes, ends, strict=True)]
         return tuple(self.to_layout(v, True).astype(x.dtype) for v, x in zip(parts, like, strict=True))
 
+    @property
+    def component_axis(self) -> int:
+        """The axis of the components of a state."""
+        return 1 if self.size is not None and self.axis == 0 else 0
+
     def leading(self, x: Array, n: int) -> Array:
         """The first n components of each row."""
         return x[:, :n] if self.size is not None and self.axis == 0 else x[:n]
 
     def replaced_after(self, n: int, x: Array, other: Array) -> Array:
         """The first n components of each row of x, and the others of `other`."""
-        axis = 1 if self.size is not None and self.axis == 0 else 0
+        axis = self.component_axis
         if n == x.shape[axis]:
             return x
         return jnp.concatenate([self.leading(x, n), jax.lax.slice_in_dim(other, n, None, axis=axis)], axis)
@@ -186,7 +191,7 @@ class Rows:
 
     def joined(self, xs: Any) -> Array:
         """Vectors of the same rows, one after another."""
-        return jnp.concatenate(xs, axis=1 if self.size is not None and self.axis == 0 else 0)
+        return jnp.concatenate(xs, axis=self.component_axis)
 
     def total(self, column: Array, like: Array) -> Array:
         """A column of cotangents as the cotangent of a number: summed where rows share the number."""

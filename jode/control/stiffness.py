@@ -47,7 +47,7 @@ def stability_limited(march: Any, problem: Problem, out: Array, t: Array, h: Arr
 
 def _some(rows: Rows, like: Array) -> Array:
     """A state in no direction that a problem would have."""
-    axis = 1 if rows.size is not None and rows.axis == 0 else 0
+    axis = rows.component_axis
     shape = [n if i == axis else 1 for i, n in enumerate(like.shape)]
     return jnp.broadcast_to(np.cos(3.0 * np.arange(like.shape[axis])).reshape(shape).astype(like.dtype), like.shape)
 

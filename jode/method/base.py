@@ -103,7 +103,8 @@ class Method:
         Gauss' three nodes, with states of the interpolant.
         """
         nodes, weights = (0.5 - 0.15**0.5, 0.5, 0.5 + 0.15**0.5), (5 / 18, 8 / 18, 5 / 18)
-        at = lambda theta: increment(self.base(theta, s), window.h, self.dense_weights(theta), self.refined(window, s, K))
+        K = self.refined(window, s, K)
+        at = lambda theta: increment(self.base(theta, s), window.h, self.dense_weights(theta), K)
         return nodes, weights, [at(jnp.asarray(c, window.h.dtype)) for c in nodes]
 
     def errors(self, h: Array, K: list[State], s: State, s1: State) -> list[State]:

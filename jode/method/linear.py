@@ -38,12 +38,12 @@ def joined(rows: Rows, s: State, lead: int = 0) -> Array:
     """All components of a state as one real vector in its working dtype, behind `lead` more axes."""
     dtype = widest(*(x.dtype for x in s), default=jnp.float32)
     parts = [y.astype(dtype) for x in s for y in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=_axis(rows) + lead)
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=rows.component_axis + lead)
 
 
 def parted(rows: Rows, v: Array, like: Any, lead: int = 0) -> State:
     """The inverse of `joined`, in the dtypes of `like`, which has no more axes."""
-    out, start, axis = [], 0, _axis(rows)
+    out, start, axis = [], 0, rows.component_axis
 
     def piece(n: int, dtype: Any) -> Array:
         nonlocal start
@@ -58,11 +58,6 @@ def parted(rows: Rows, v: Array, like: Any, lead: int = 0) -> State:
         else:
             out.append(piece(n, dtype))
     return tuple(out)
-
-
-def _axis(rows: Rows) -> int:
-    """The axis of components."""
-    return 1 if rows.size is not None and rows.axis == 0 else 0
 
 
 def along(window: Window, s: State, directions: Array) -> tuple[State, State, Array]:
@@ -87,12 +82,12 @@ def implicit(matvec: Callable, apply: Callable) -> Callable:
 def dense(window: Window, s: State, gamma: float) -> System:
     """By a matrix a row, with all its columns; w = γ h. n forward derivatives of f and 2 n³ / 3 products, 2 n² a solve."""
     rows, y = window.rows, joined(window.rows, s)
-    n = y.shape[_axis(rows)]
+    n = y.shape[rows.component_axis]
     J = window.given_jacobian(s)
     if J is None:
         slope, bend, columns = along(window, s, jnp.eye(n))
         J = jnp.moveaxis(columns, 0, 1)  # (n, n), or with the rows behind or before them: (n, n, B), (B, n, n)
-        J = jnp.swapaxes(J, 1, 2) if _axis(rows) else J
+        J = jnp.swapaxes(J, 1, 2) if rows.component_axis else J
     else:
         slope, bend, _ = along(window, s, jnp.zeros((0, n)))
         J = J.astype(y.dtype)
@@ -102,7 +97,7 @@ def dense(window: Window, s: State, gamma: float) -> System:
         M = inverse(jax.lax.stop_gradient(W))
         solve = implicit(partial(_times, W), partial(_times, M))
     else:
-        J = jnp.moveaxis(J, -1, 0) if rows.size is not None and not _axis(rows) else J
+        J = jnp.moveaxis(J, -1, 0) if rows.size is not None and not rows.component_axis else J
         W = _identity(J, J.ndim - 2) - _width(window, gamma, y.dtype) * J
         rows_first = implicit(partial(_times_rows, W), factored(jax.lax.stop_gradient(W)))
         solve = lambda r: rows.to_layout(rows_first(rows.from_layout(r)), True)
@@ -165,7 +160,7 @@ def banded(window: Window, s: State, gamma: float, lower: int, upper: int) -> Sy
     failed.
     """
     rows, y = window.rows, joined(window.rows, s)
-    n = y.shape[_axis(rows)]
+    n = y.shape[rows.component_axis]
     lower, upper = min(lower, n - 1), min(upper, n - 1)
     m = max(lower, upper, 1)
     colours, blocks = lower + upper + 1, -(-n // m)
@@ -252,11 +247,11 @@ def krylov(window: Window, s: State, gamma: float, solver: Any) -> System:
     import lineax as lx
 
     rows = window.rows
-    n = joined(rows, s).shape[_axis(rows)]
+    n = joined(rows, s).shape[rows.component_axis]
     slope, bend, _ = along(window, s, jnp.zeros((0, n)))
     y, like = (
         rows.from_layout(joined(rows, s)),
-        tuple(jax.ShapeDtypeStruct(x.shape[_axis(rows) : _axis(rows) + 1], x.dtype) for x in s),
+        tuple(jax.ShapeDtypeStruct(x.shape[rows.component_axis : rows.component_axis + 1], x.dtype) for x in s),
     )
 
     def one(window: Window, y: Array, r: Array) -> tuple[Array, Array]:
