@@ -12,7 +12,7 @@ import jax.core
 import jax.numpy as jnp
 from jax import Array
 
-from jode.tree import Layout, State, is_inexact, merge, partition, widest
+from jode.tree import Layout, State, is_inexact, merge, partition, programs_in, widest
 from jode.tuning import PRODUCT, PRODUCTS
 from jode.window import Params
 
@@ -122,7 +122,7 @@ def close(
 
 def length(jaxpr: Any) -> int:
     """How many equations a traced function has, those of the functions it calls among them; a product counts -PRODUCT."""
-    inner = [x for e in jaxpr.eqns for x in jax.tree.leaves(list(e.params.values())) if hasattr(x, "eqns")]
+    inner = [x for e in jaxpr.eqns for x in programs_in(e)]
     products = sum(e.primitive.name in PRODUCTS for e in jaxpr.eqns)
     return len(jaxpr.eqns) - (1 + PRODUCT) * products + sum(map(length, inner))
 

@@ -256,3 +256,8 @@ def blend(a: Array, b: Array, c: Any) -> Array:
     """(1 - c) a + c b."""
     c = jnp.asarray(c).astype(real_dtype(a.dtype))
     return ((1 - c) * a.astype(work_dtype(a.dtype)) + c * b.astype(work_dtype(a.dtype))).astype(a.dtype)
+
+
+def programs_in(eqn: Any) -> list:
+    """The programs that a traced equation calls."""
+    return [x for x in jax.tree.leaves(list(eqn.params.values())) if hasattr(x, "eqns")]

@@ -184,7 +184,7 @@ def test_a_native_march_composes(transform):
         return form
 
     shape = jax.ShapeDtypeStruct
-    promise = Promise(shape((), jnp.result_type(float)), shape((), jnp.int32), ())
+    promise = Promise(shape((), jnp.result_type(float)), shape((), jnp.int32), (), 1)
     f = lambda x, w=2.0: native(Rule(run, record, pull), (jnp.asarray(w), jnp.asarray(x)), jnp.asarray(1.0), promise)[0]
     x = jnp.array([0.1, 0.2])
     if transform == "plain":

@@ -52,7 +52,8 @@ class Plan:
         one = shape((), jnp.int32)
         stats = Stats(*[one] * len(Stats._fields))
         observed = tuple(tuple(shape((w.capacity, *x.shape), x.dtype) for x in w.shapes(self)) for w in self.watches)
-        return Promise((ys, observed), (shape((self.saves,), bool), stats, one, shape((), self.time)), self.closed.effects)
+        rest = shape((self.saves,), bool), stats, one, shape((), self.time)
+        return Promise((ys, observed), rest, self.closed.effects, self.layout.size * self.solver.method.parts)
 
     @property
     def degree(self) -> int:

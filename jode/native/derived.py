@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jode.native.forms import Batch, March, Promise, Rule, place_axis, replaced
+from jode.native.forms import Batch, March, Promise, Rule, count, place_axis, replaced
 from jode.tuning import SMALL
 
 
@@ -49,7 +49,7 @@ def tangent_march(march: March, rows: tuple | None, active: tuple) -> March:
 
     row = () if rows is None else rows[:1]
     shaped = lambda xs: [jax.ShapeDtypeStruct((*row, *x.shape), x.dtype) for x in xs]
-    promise = Promise(shaped(march.values * 2), shaped(march.rest), march.effects)
+    promise = Promise(shaped(march.values * 2), shaped(march.rest), march.effects, march.state, march.rows * count(rows))
     return _march(march, rows, (march.operands, len(active)), by_row, promise, run, pull)
 
 
@@ -79,7 +79,8 @@ def cotangent_march(march: March, rows: tuple | None, active: tuple, held: int, 
     def by_row(held: list, zbar: list) -> tuple[list, list]:
         return [m or i in active or i >= march.operands for i, m in enumerate(held)], [True] * len(zbar)
 
-    return _march(march, rows, (held, len(march.values)), by_row, Promise(list(bars), [], march.effects), run, pull, anew)
+    promise = Promise(list(bars), [], march.effects, march.state, march.rows * count(rows))
+    return _march(march, rows, (held, len(march.values)), by_row, promise, run, pull, anew)
 
 
 def _march(

@@ -19,13 +19,15 @@ class Batch(NamedTuple):
 
 
 class Promise(NamedTuple):
-    """What a march returns for one trajectory, pytrees of shapes and dtypes: what can be differentiated, and the rest; and the
-    effects of running it.
+    """What a march returns for one trajectory, pytrees of shapes and dtypes: what can be differentiated, and the rest; the effects
+    of running it, how many numbers its state is, and of how many trajectories it is.
     """
 
     values: Any
     rest: Any
     effects: Any
+    state: int
+    rows: int = 1
 
 
 class Rule(NamedTuple):
@@ -47,6 +49,7 @@ class March:
 
     def __init__(self, rule: Rule, treedef: Any, moving: int, promise: Promise) -> None:
         self.rule, self.treedef, self.effects = rule, treedef, promise.effects
+        self.state, self.rows = promise.state, promise.rows
         self.values, self.rest = jax.tree.leaves(promise.values), jax.tree.leaves(promise.rest)
         self.out = jax.tree.structure((promise.values, promise.rest))
         self.operands, self.moving = treedef.num_leaves, moving
@@ -120,6 +123,11 @@ class March:
 
     def unflatten(self, held: Sequence) -> tuple:
         return jax.tree.unflatten(self.treedef, held)
+
+
+def count(rows: tuple | None) -> int:
+    """How many rows a form is for."""
+    return rows[0] if rows else 1
 
 
 def replaced(leaves: Sequence, places: Sequence[int], by: Sequence) -> list:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +12,9 @@ import jax.core
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import mlir
 
-from jode.native.forms import LINEAR, March, form_of, held_of, without
+from jode.native.forms import LINEAR, March, count, form_of, held_of, without
+from jode.native.whole import can_be_whole, lower_whole
+from jode.tuning import one_function
 
 
 def stage(march: March, kind: str, rows: tuple | None, over: tuple, active: tuple, platform: str | None, avals: Sequence) -> Any:
@@ -66,9 +69,12 @@ def _lower(
     over: tuple = (),
     active: tuple = (),
 ) -> Any:
-    platform = None if kind == "record" else platform
-    staged = jaxpr_as_fun(stage(march, kind, rows, over, active, platform, ctx.avals_in))
-    return mlir.lower_fun(staged, multiple_results=True)(ctx, *operands)
+    staged = stage(march, kind, rows, over, active, None if kind == "record" else platform, ctx.avals_in)
+    directions = math.prod(ctx.avals_in[-1].shape[: len(over)])
+    backwards = kind in ("record", "pull")
+    if one_function(platform, march.state, march.rows * count(rows) * directions, backwards) and can_be_whole(ctx, staged):
+        return lower_whole(ctx, staged, operands)
+    return mlir.lower_fun(jaxpr_as_fun(staged), multiple_results=True)(ctx, *operands)
 
 
 PRIMITIVES = {kind: Primitive(f"march_{kind}") for kind in ("run", "record", *LINEAR)}
