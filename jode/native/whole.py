@@ -23,10 +23,10 @@ from jode.tree import programs_in
 ATTRIBUTES = {"xla_cpu_small_call": "true", "inlineable": "false"}
 
 ELEMENTWISE = (
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp complex conj convert_element_type copy copy_p cos "
-    "cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p logistic lt "
-    "max min mul name ne neg nextafter not or pow real reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic "
-    "shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor"
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp complex conj convert_element_type copy copy_p "
+    "cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le le_to lgamma log "
+    "log1p logistic lt lt_to max min mul name ne neg nextafter not or pow real reduce_precision rem round rsqrt select_n "
+    "shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor"
 )
 MOVING = (
     "broadcast_in_dim concatenate dynamic_slice dynamic_update_slice gather iota optimization_barrier pad reshape rev slice split "
