@@ -78,12 +78,13 @@ def close(
             shapes = ", ".join(f"{d}{list(s)}" for s, d in zip(layout.shapes[:4], layout.dtypes, strict=False))
             e.add_note(f"jode called {name} with t a scalar and y0 of {shapes}; solve's own order is f, y0, ts, args")
             raise
-        jaxpr = closed.jaxpr  # the function below holds no constants: they may be tracers
+        jaxpr = closed.jaxpr  # without its constants, which may be tracers
+        jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
         consts = kept_in([jnp.asarray(c) for c in closed.consts], [False] * len(closed.consts))
 
         def evaluate(t: Array, state: State, params: Params, *numbers: Array) -> list:
             at = lambda places: [params[b][i] for b, i in places]
-            return jax.core.eval_jaxpr(jaxpr, at(consts), t, *layout.unpack(state), *at(places), *numbers)
+            return jax.core.eval_jaxpr(jaxpr, [], *at(consts), t, *layout.unpack(state), *at(places), *numbers)
 
         return evaluate, out, jaxpr
 
