@@ -99,17 +99,3 @@ def kept(primitive: Any, *_: Any, **__: Any) -> bool:
 def grouped(platform: str | None, rows: int | None, last: bool) -> bool:
     """Whether the rows that finish late go on in groups."""
     return platform == "cpu" and rows is not None and last and rows >= MANY
-
-
-def stops_at_saves(platform: str | None, state: int, weights: int, slopes: int, rows: int | None) -> bool:
-    """Whether the loop of one trajectory stops where a save time is passed, and otherwise looks at save times after each step.
-
-    XLA on a CPU compiles a loop as one function where its body reads and writes less than a kilobyte; any other runs kernel by
-    kernel. Where a step alone is small enough and a step with its save times is not, the loop stops at them: Lorenz' equations, 46
-    steps, take 8 µs, with 100 save times 23 µs so and 47 µs otherwise; Lotka-Volterra 13 µs, 30 so, 95 otherwise, or 17 if it has
-    no parameters and its save times are constants. The sizes, in single precision, were fitted to XLA's account of two methods.
-    """
-    parameters = 4 * slopes * weights
-    step = 100 + 4 * state * (slopes**2 / 2 + 3.5 * slopes) + parameters
-    with_saves = 370 + 4 * state * (slopes**2 / 2 + 5 * slopes) + parameters
-    return rows is None and platform == "cpu" and step < 1000 and with_saves > 800

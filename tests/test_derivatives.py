@@ -151,10 +151,11 @@ def test_second_derivatives_are_those_of_a_loop_by_hand(name, solver, adjoint):
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("solver", ["traced", "adaptive"])
+@pytest.mark.parametrize("adjoint", EXACT, ids=lambda a: str(a.checkpoints))
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("name", THIRD)
-def test_third_derivatives_are_those_of_a_loop_by_hand(name, solver):
-    found = jax.jit(THIRD[name](loss_of(SOLVERS[solver])))(FLAT)
+def test_third_derivatives_are_those_of_a_loop_by_hand(name, solver, adjoint):
+    found = jax.jit(THIRD[name](loss_of(SOLVERS[solver], adjoint)))(FLAT)
     close(found, truth(HANDS[solver], 3), 1e-8)
 
 
@@ -199,10 +200,25 @@ def test_second_derivatives_of_adjoints_that_recover_states(mode, adjoint, solve
     close(found, exact, tol)
 
 
-@pytest.mark.parametrize("mode", ["jacrev of grad", "jacrev of jacfwd"])
-def test_second_derivatives_of_a_residual_network(mode):
-    w = jnp.reshape(jnp.cos(jnp.arange(8.0)), (4, 2))
-    net = lambda w: jnp.sum(jode.resnet(lambda t, x, w: w * jnp.tanh(x), X["y0"], w.reshape(4, 2), adjoint=jode.Backprop(2)) ** 2)
+@pytest.mark.sweep
+@pytest.mark.parametrize(("adjoint", "solver", "tol"), INEXACT, ids=["reversible heun", "reversible", "tsit5", "backsolve"])
+def test_third_derivatives_of_adjoints_that_recover_states(adjoint, solver, tol):
+    third = THIRD["reverse of forward of reverse"]
+    found, exact = (jax.jit(third(loss_of(solver, a)))(FLAT) for a in (adjoint, jode.Backprop()))
+    close(found, exact, 10 * tol)
+
+
+NESTINGS = [("second", n) for n in SECOND] + [("third", n) for n in THIRD]
+DAILY = "jacrev of grad", "jacrev of jacfwd"
+
+
+@pytest.mark.parametrize("adjoint", [jode.Backprop(2), jode.Backprop(None), jode.Backprop()], ids=lambda a: str(a.checkpoints))
+@pytest.mark.parametrize(
+    ("order", "mode"), [pytest.param(o, n, id=n, marks=[] if n in DAILY else [pytest.mark.sweep]) for o, n in NESTINGS]
+)
+def test_higher_derivatives_of_a_residual_network(order, mode, adjoint):
+    w = jnp.cos(jnp.arange(8.0))
+    net = lambda w: jnp.sum(jode.resnet(lambda t, x, w: w * jnp.tanh(x), X["y0"], w.reshape(4, 2), adjoint=adjoint) ** 2)
 
     def loop(w):
         x = X["y0"]
@@ -210,7 +226,8 @@ def test_second_derivatives_of_a_residual_network(mode):
             x = x + w.reshape(4, 2)[n] * jnp.tanh(x)
         return jnp.sum(x**2)
 
-    close(jax.jit(SECOND[mode](net))(w.ravel()), jax.hessian(loop)(w.ravel()), 1e-12)
+    found = jax.jit((SECOND if order == "second" else THIRD)[mode](net))(w)
+    close(found, jax.hessian(loop)(w) if order == "second" else jax.jacfwd(jax.hessian(loop))(w), 1e-12)
 
 
 def test_cotangents_are_linear_and_their_transpose_is_the_tangent():

@@ -190,7 +190,7 @@ def chapter(march: March, problem: Problem, kept: Kept, by: Record, tables: Reco
     tables = tables._replace(slots=jnp.where(last, tables.slots, 0))
     ends = tuple(w for w in march.plan.watches if w.ends)  # rows end where they did
     loop = Loop(march, problem, (replace(by, chapters=0), *ends))
-    c = Carry(s, slope, control._replace(loops=jnp.where(last, end, k * by.slots)), (), ())
+    c = Carry(s, slope, control._replace(loops=jnp.where(last, end, k * by.slots)), ())
     c = c._replace(observed=(tables, *(w.init(march, problem, c) for w in ends)))
     step = lambda c: loop.attempt(None, march.solver.serve(march, problem, c))
     c = march.runner.until(lambda c: c.control.loops >= end, step, c)

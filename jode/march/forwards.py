@@ -22,14 +22,14 @@ from jode.observe.saves import moving_at_start
 from jode.rows import Rows
 from jode.runner import Runner
 from jode.tree import State, nan_unless, stack_zeros, take, where
-from jode.tuning import FEW_LEFT, GROUP, grouped, long, rolled, stops_at_saves
+from jode.tuning import FEW_LEFT, GROUP, grouped, long, rolled
 from jode.turns import in_groups
 from jode.window import Window, at_fraction, at_nodes, just_before
 
 
 @dataclass(frozen=True, eq=False)
 class Loop:
-    """Steps of a march, and its observers: those served at every step, and those that wait until they are due."""
+    """Steps of a march, and its observers: all see every step, and some also wait until they are due."""
 
     march: March
     problem: Problem
@@ -39,11 +39,6 @@ class Loop:
     def waiting(self) -> tuple[int, ...]:
         """Which observers the loop stops for."""
         return tuple(i for i, w in enumerate(self.watches) if w.waits)
-
-    @property
-    def looks_back(self) -> bool:
-        """Whether one of them looks at the step taken last."""
-        return any(w.waits and not w.steps for w in self.watches)
 
     def attempt(self, place: Any, c: Carry) -> Carry:
         """Try one step."""
@@ -60,12 +55,11 @@ class Loop:
         t, slot = (None, place[-1]) if solver.lands else (control.t, None)
         seen = Seen(window, c.s, step.slopes, accept, t, slot, node_of(control), step.state)
         watched = zip(self.watches, c.observed, strict=True)
-        observed = tuple(w.step(march, problem, m, seen) if w.steps else m for w, m in watched)
+        observed = tuple(w.step(march, problem, m, seen) for w, m in watched)
         for w, m in zip(self.watches, observed, strict=True):
             if w.ends:
                 control = solver.halted(control, m.over)
-        last = (window.t, window.h, c.s, step.slopes, t) if self.looks_back else ()
-        return Carry(choose(step.state, c.s), slope, control, observed, last)
+        return Carry(choose(step.state, c.s), slope, control, observed)
 
     def until_due(self, running: Callable[[Any], Array], c: Carry) -> Carry:
         """Step while the control says that it is running, and serve observers that wait where they are due, then the control."""
@@ -77,9 +71,6 @@ class Loop:
             return march.runner.until(lambda c: ~running(c.control), step, c)
 
         def serve(c: Carry) -> Carry:
-            # The loop inside carries nothing of those that only wait: XLA on a CPU compiles one over less than a kilobyte as
-            # one function.
-            held = {i: c.observed[i] for i in waiting if not self.watches[i].steps}
             due = {i: self.watches[i].due(march, problem, c.observed[i], c) for i in waiting}
 
             def stop(c: Carry) -> Array:
@@ -87,9 +78,8 @@ class Loop:
                 ended = ended | jnp.any(c.control.waits) if marked else ended
                 return reduce(jnp.logical_or, (d(c.control) for d in due.values()), ended)
 
-            c = c._replace(observed=tuple(() if i in held else m for i, m in enumerate(c.observed)))
             c = march.runner.until(stop, step, c)
-            observed = [held.get(i, m) for i, m in enumerate(c.observed)]
+            observed = list(c.observed)
             for i in waiting:
                 now = due[i](c.control) & running(c.control)
                 observed[i] = self.watches[i].serve(march, problem, observed[i], now, c)
@@ -162,11 +152,9 @@ class March:
         slope, told = self.solver.started(self, problem) if self.solver.estimates else (None, problem)
         s = self.initial(problem) if slope is None else self.method.start(problem.y0, lambda: slope)
         control = self.solver.init(self, told, s, slope)
-        c = Carry(s, self.method.reused(slope) if slope is not None else (), control, (), ())
+        c = Carry(s, self.method.reused(slope) if slope is not None else (), control, ())
         c = c._replace(observed=tuple(w.init(self, problem, c) for w in watches))
         loop = Loop(self, problem, tuple(watches))
-        if loop.looks_back:  # before the first step nothing is due
-            c = c._replace(last=jax.tree.map(jnp.zeros_like, jax.eval_shape(partial(loop.attempt, None), c).last))
         if not self._in_turns(watches):
             return *self.solver.drive(self, problem, loop, c), slope
         c, _ = self.solver.drive(replace(self, few=(self.rows.size or 0) // FEW_LEFT), problem, loop, c)
@@ -226,10 +214,7 @@ class March:
     @property
     def saves(self) -> tuple[Interpolated, ...]:
         """The observer of save times, where steps do not end at them."""
-        if self.solver.lands or self.plan.saves == 2:
-            return ()
-        plan, slopes = self.plan, self.method.trials + 1
-        return (Interpolated(stops_at_saves(self.platform, plan.layout.size, plan.weights, slopes, self.rows.size)),)
+        return () if self.solver.lands or self.plan.saves == 2 else (Interpolated(),)
 
     @property
     def watches(self) -> tuple[Watch, ...]:

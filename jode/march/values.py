@@ -66,15 +66,12 @@ class Plan:
 
 
 class Carry(NamedTuple):
-    """What the loop carries: the method's state, the slope its next step uses again, the control's carry, and the observers'.
-    last: the step taken last, where observers wait until they are due.
-    """
+    """What the loop carries: the method's state, the slope its next step uses again, the control's carry, and the observers'."""
 
     s: State
     slope: Any
     control: Any
     observed: tuple
-    last: Any
 
 
 class Kept(NamedTuple):

@@ -42,11 +42,10 @@ class Bars(NamedTuple):
 
 
 class Watch:
-    """An observer inside the loop, for all rows at once. Its carry is one more part of the loop's. It is told of every step tried
-    (`steps`), or the loop stops where it is due and serves it (`waits`), or both.
+    """An observer inside the loop, for all rows at once. Its carry is one more part of the loop's. It is told of every step tried,
+    and if it waits for something the loop stops where that is due and serves it.
     """
 
-    steps: bool = True
     waits: bool = False
     ends: Any = False  # whether trajectories may end where it says so, in `over` of its carry
     slopes: bool = False  # whether it needs the slopes of a step, at its end too

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,9 +26,8 @@ class Saves(NamedTuple):
 
 @dataclass(frozen=True)
 class Interpolated(Watch):
-    """Save times between the ends. The loop stops where one is passed (`waits`), or looks for them after every step."""
+    """Save times between the ends, looked for after every step."""
 
-    waits: bool
     by_row = True
     slopes = True
 
@@ -43,19 +41,6 @@ class Interpolated(Watch):
     def _pending(self, march: Any, problem: Problem, j: Array, t: Array) -> Array:
         ts = march.save_times(problem)
         return (j < ts.shape[0] - 1) & (direction(ts) * (march.rows.pick(ts, j) - t) <= 0)
-
-    @property
-    def steps(self) -> bool:
-        return not self.waits
-
-    def due(self, march: Any, problem: Problem, carry: Saves, c: Any) -> Callable[[Any], Array]:
-        ts, j = march.save_times(problem), carry.next
-        sign, next_, more = direction(ts), march.rows.pick(ts, j), j < ts.shape[0] - 1
-        return lambda control: jnp.any(more & (sign * (next_ - control.t) <= 0))
-
-    def serve(self, march: Any, problem: Problem, carry: Saves, due: Array, c: Any) -> Saves:
-        t, h, s, slopes, reached = c.last
-        return self.step(march, problem, carry, Seen(march.window(problem, t, h, None), s, slopes, True, reached, None))
 
     def step(self, march: Any, problem: Problem, carry: Saves, seen: Seen) -> Saves:
         """Interpolate at every interior save time that the accepted step has passed."""
