@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jode
+from jode.method.linear import inverse
 from jode.models.kinetics import robertson
 from tests.stiff import STIFF, brusselator, brusselator_start, solved, van_der_pol
 
@@ -147,7 +148,7 @@ def everything(way, n):
     ],
 )
 def test_all_ways_to_solve_the_systems_agree(way, n):
-    """Small matrices are inverted, middle ones factorised and inverted, large ones factorised; with bands and without a matrix too."""
+    """Small and middle matrices are inverted, large ones factorised; with bands and without a matrix too."""
     for a, b in zip(jax.tree.leaves(everything(way, n)), jax.tree.leaves(everything("dense", n)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9)
 
@@ -158,6 +159,21 @@ def test_a_row_of_a_batch_is_the_trajectory_alone(n):
     np.testing.assert_allclose(batch[0], ys, rtol=1e-12, atol=1e-13)
     np.testing.assert_array_equal(status, 0)
     np.testing.assert_allclose(of_batch[0][0], of_one[0], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("n", [3, 5, 8, 20])
+@pytest.mark.parametrize("rows", [1, 7, 200])
+def test_matrices_that_need_pivots_are_inverted(n, rows):
+    """Diagonals of zero, and of next to nothing, in every third row; a singular one, and one of NaN, harm no other."""
+    W = np.random.default_rng(n).normal(size=(rows, n, n)) + 3 * np.eye(n)
+    W[::3, range(n), range(n)] = 0
+    W[1::6, range(n), range(n)] = 1e-13
+    sound = np.arange(rows) % 5 != 2
+    W[2::10, 1], W[7::10, 0, 1] = 0, np.nan
+    M = jnp.moveaxis(jax.jit(inverse)(jnp.moveaxis(jnp.asarray(W), 0, -1)), -1, 0)
+    np.testing.assert_allclose(M[sound] @ W[sound], np.broadcast_to(np.eye(n), M[sound].shape), atol=1e-9)
+    assert not np.isfinite(M[~sound]).all((1, 2)).any()
+    np.testing.assert_allclose(jax.jit(inverse)(jnp.asarray(W[0])), np.linalg.inv(W[0]), rtol=1e-8, atol=1e-10)
 
 
 def test_bands_solve_a_partial_differential_equation_by_lines():
