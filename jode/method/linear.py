@@ -95,7 +95,7 @@ def dense(window: Window, s: State, gamma: float) -> System:
         w = rows.spread(gamma * window.h).astype(y.dtype)
         W = _identity(J, 0) - (w if rows.size is None else w[None]) * J
         M = inverse(jax.lax.stop_gradient(W))
-        solve = implicit(partial(_times, W), partial(_times, M), partial(_times, M, over=0))
+        solve = implicit(partial(_times, W), partial(_product, M), partial(_product, M, over=0))
     else:
         J = jnp.moveaxis(J, -1, 0) if rows.size is not None and not rows.component_axis else J
         W = _identity(J, J.ndim - 2) - _width(window, gamma, y.dtype) * J
@@ -115,8 +115,13 @@ def _width(window: Window, gamma: float, dtype: Any) -> Array:
     return window.rows.flat(window.rows.spread(gamma * window.h)).astype(dtype)[..., None, None]
 
 
-def _times(M: Array, x: Array, over: int = 1) -> Array:
-    """M x with the rows last; the product with the transpose of M `over` its first axis."""
+def _times(M: Array, x: Array) -> Array:
+    """M x with the rows last."""
+    return jnp.sum(M * x[None], axis=1)
+
+
+def _product(M: Array, x: Array, over: int = 1) -> Array:
+    """M x with the rows last, and xᵀ M `over` the first axis, of a constant M: no sum over an axis that is not the last one."""
     n = x.shape[0]
     if n <= WRITTEN_OUT:
         return jnp.sum(M * (x[None] if over else x[:, None]), axis=over)
@@ -169,14 +174,14 @@ def _eliminated(W: Array) -> Array:
     """
     M, x = _gauss_jordan(W), jnp.cos(jnp.arange(W.shape[0], dtype=W.dtype))  # of no symmetry
     x = jnp.broadcast_to(jnp.expand_dims(x, range(1, W.ndim - 1)), W.shape[1:])
-    found = jnp.abs(_times(W, _times(M, x)) - x) <= jnp.finfo(W.dtype).eps ** (2 / 3)
+    found = jnp.abs(_product(W, _product(M, x)) - x) <= jnp.finfo(W.dtype).eps ** (2 / 3)
 
     def in_order() -> Array:
         order = jnp.moveaxis(jax.lax.linalg.lu(jnp.moveaxis(W, (0, 1), (-2, -1)))[2], -1, 0)
         M = _gauss_jordan(jnp.take_along_axis(W, order[:, None], 0))
         return jnp.put_along_axis(M, jnp.broadcast_to(order[None], W.shape), M, 1, inplace=False)
 
-    return jax.lax.cond(jnp.any(~found & jnp.isfinite(_times(W, x))), in_order, lambda: M)
+    return jax.lax.cond(jnp.any(~found & jnp.isfinite(_product(W, x))), in_order, lambda: M)
 
 
 def _gauss_jordan(W: Array) -> Array:

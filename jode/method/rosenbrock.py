@@ -112,13 +112,6 @@ class Rosenbrock(Method):
         ks = unstack(K, t.stages)
         return Step(increment(s, h, t.b, ks), ks, ok)
 
-    def pullback(self, window: Window, s: State, dense: bool, rolled: bool) -> tuple[State | None, Callable]:
-        """As for every method; `rolled` puts the stages of a batch in a loop: HIRES, 200 rows, takes 0.27 s so and 0.40 s written
-        out, one trajectory of POLLU 8 ms so and 2 ms written out.
-        """
-        looped = window.long or (rolled and window.rows.size is not None)
-        return super().pullback(replace(window, long=looped), s, dense, rolled)
-
 
 def _scaled(gamma: float, f: State) -> State:
     return tuple((gamma * x).astype(x.dtype) for x in f)
