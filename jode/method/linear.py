@@ -181,7 +181,8 @@ def _eliminated(W: Array) -> Array:
         M = _gauss_jordan(jnp.take_along_axis(W, order[:, None], 0))
         return jnp.put_along_axis(M, jnp.broadcast_to(order[None], W.shape), M, 1, inplace=False)
 
-    return jax.lax.cond(jnp.any(~found & jnp.isfinite(_product(W, x))), in_order, lambda: M)
+    once = lambda c: (jnp.zeros_like(c[0]), in_order())
+    return jax.lax.while_loop(lambda c: c[0], once, (~jnp.all(found), M))[1]  # `cond` would copy M
 
 
 def _gauss_jordan(W: Array) -> Array:
