@@ -1,7 +1,7 @@
 """Rosenbrock methods: orders, digits, gradients, the ways to solve their systems, and what happens where those fail."""
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -175,6 +175,8 @@ def test_matrices_that_need_pivots_are_inverted(n, rows):
     np.testing.assert_allclose(M[sound] @ W[sound], np.broadcast_to(np.eye(n), M[sound].shape), atol=1e-9)
     assert not np.isfinite(M[~sound]).all((1, 2)).any()
     np.testing.assert_allclose(jax.jit(inverse)(jnp.asarray(W[0])), np.linalg.inv(W[0]), rtol=1e-8, atol=1e-10)
+    narrow = jnp.moveaxis(jax.jit(inverse)(jnp.moveaxis(jnp.asarray(W[sound], jnp.float32), 0, -1)), -1, 0)
+    np.testing.assert_allclose(narrow, np.asarray(M[sound]), rtol=1e-2, atol=1e-2)
 
 
 def test_bands_solve_a_partial_differential_equation_by_lines():
@@ -300,6 +302,23 @@ def test_derivatives_of_every_order_are_those_of_the_steps_taken(method):
     mine_, hand_ = derivatives(Y0, jnp.asarray(A), (jnp.array([0.3, -0.2]), jnp.asarray(0.7)))
     for a, b in zip(jax.tree.leaves(mine_), jax.tree.leaves(hand_), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.sweep
+def test_second_derivatives_through_matrices_inverted_in_a_loop():
+    """Against the loop by hand; forwards over backwards, backwards twice, alone and for rows."""
+    times, y0 = jnp.linspace(0, 1.0, 4), jnp.sin(jnp.arange(1.0, 7.0))
+    mine = lambda y, a: jnp.sum(jnp.sin(jode.odeint(chain, y, (0.0, 1.0), a, solver=jode.Fixed(jode.rodas5p, 3))[-1]))
+    hand = lambda y, a: jnp.sum(jnp.sin(by_hand(jode.rodas5p.tableau, chain, y, times, a)[-1]))
+
+    def derivatives(loss, y, a):
+        return jax.hessian(loss, (0, 1))(y, a), jax.grad(lambda y: jnp.sum(jax.grad(loss)(y, a) ** 2))(y)
+
+    found = [jax.jit(jax.vmap(partial(derivatives, loss)))(jnp.stack([y0, -y0]), jnp.array([1.3, 0.7])) for loss in (mine, hand)]
+    found.append(jax.tree.map(lambda x: jnp.stack([x, x]), jax.jit(partial(derivatives, mine))(y0, 1.3)))
+    for a, b, alone in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-11)
+        np.testing.assert_allclose(alone[0], a[0], rtol=1e-8, atol=1e-11)
 
 
 def test_gradients_by_the_rates_of_robertson():
