@@ -80,7 +80,9 @@ def implicit(matvec: Callable, apply: Callable, back: Callable | None = None) ->
 
 
 def dense(window: Window, s: State, gamma: float) -> System:
-    """By a matrix a row, with all its columns; w = γ h. n forward derivatives of f and 2 n³ / 3 products, 2 n² a solve."""
+    """By a matrix a row, with all its columns; w = γ h. n forward derivatives of f, n³ products for an
+    inverse or a third of them for factors, and n² a solve.
+    """
     rows, y = window.rows, joined(window.rows, s)
     n = y.shape[rows.component_axis]
     J = window.given_jacobian(s)
