@@ -26,7 +26,7 @@ class Rosenbrock(Method):
 
     Local error O(h^(p+1)), global O(h^p) for order p where the problem is not stiff; very stiff ones lower the order. A step costs
     one evaluation of f per stage, one Jacobian (n forward derivatives of f for n components, and one in time) and one factorisation
-    (n³ products at most). There is no iteration, so a step is an explicit function of its start: derivatives are exact, and solve with
+    (n³ products at most). There is no iteration: a step is an explicit function of its start, derivatives are exact, and solve with
     the factors that are there. A row whose matrix is singular, or whose stage is not finite, rejects the step and tries a
     smaller one; equal steps fail there.
 
