@@ -5,10 +5,12 @@ Kvaerno3, 4 and 5 with a first step of 1e-6 (without it they stand still in van 
 Python. Errors are those at the end, largest component, against published digits or a tight solve; in units of rtol |y| + atol.
 
 python -m benchmarks.stiff
+python -m benchmarks.stiff errors   # of rodas5p and Kvaerno5 at equal tolerances, for all problems; seconds
 """
 
 from benchmarks.measure import compiled, race, report  # first: it prepares diffrax's environment
 
+import sys
 import time
 
 import diffrax
@@ -155,6 +157,29 @@ def field(p):
     return p.f if p.args is not None else lambda t, y, a: a * p.f(t, y, None)
 
 
+def errors():
+    """Errors at the end in units of the tolerance, and steps tried, of both fifth order methods on every problem."""
+    rows = []
+    for name, p in STIFF.items():
+        y0, k = jnp.array(p.y0), jnp.asarray(1.0 if p.args is None else p.args)
+        f, true = field(p), np.array(DIGITS[name])
+        for tol in (1e-4, 1e-6, 1e-8):
+            atol = 1.7e-24 if p.atol is None else p.atol * tol
+            mine = jode.solve(f, y0, (0.0, p.t1), k, solver=jode.Adaptive(jode.rodas5p, tol, atol, max_steps=65_536))
+            control = diffrax.PIDController(rtol=tol, atol=atol)
+            of = {"stepsize_controller": control, "max_steps": 65_536, "throw": False}
+            other = diffrax.diffeqsolve(diffrax.ODETerm(f), diffrax.Kvaerno5(), 0.0, p.t1, 1e-6, y0, k, **of)
+            found = {
+                "jode rodas5p": (mine.ys[-1], mine.stats.steps),
+                "diffrax Kvaerno5": (other.ys[-1], other.stats["num_steps"]),
+            }
+            for peer, (y, steps) in found.items():
+                error = float(np.max(np.abs(np.asarray(y) - true) / (tol * np.abs(true) + atol)))
+                rows.append([name, f"{tol:g}", peer, f"{error:.2g}", int(steps)])
+                print(*rows[-1], flush=True)
+    report("stiff_errors", "Stiff problems, float64", ["problem", "rtol", "solver", "error / tolerance", "steps"], rows)
+
+
 def contestants(p, y0, atol):
     f, ts = field(p), (0.0, p.t1)
     solver = jode.Adaptive(jode.rodas5p, TOL, atol)
@@ -220,4 +245,5 @@ def apart(a, b, atol):
 
 
 if __name__ == "__main__":
-    main()
+    with jax.enable_x64(True):
+        errors() if "errors" in sys.argv else main()

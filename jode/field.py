@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jode.tree import Layout, State, is_inexact, merge, partition, programs_in, widest
-from jode.tuning import PRODUCT, PRODUCTS
+from jode.tuning import PRODUCT, PRODUCTS, SMALL
 from jode.window import Params
 
 
@@ -81,10 +81,11 @@ def close(
         jaxpr = closed.jaxpr  # without its constants, which may be tracers
         jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
         consts = kept_in([jnp.asarray(c) for c in closed.consts], [False] * len(closed.consts))
+        function = _by_components(jaxpr)
 
         def evaluate(t: Array, state: State, params: Params, *numbers: Array) -> list:
             at = lambda places: [params[b][i] for b, i in places]
-            return jax.core.eval_jaxpr(jaxpr, [], *at(consts), t, *layout.unpack(state), *at(places), *numbers)
+            return function([*at(consts), t, *layout.unpack(state), *at(places), *numbers])
 
         return evaluate, out, jaxpr
 
@@ -119,6 +120,26 @@ def close(
     optional = (kept if observing else None, jumped if jump else None, jacobian)
     closed = Closed(field, *optional, functions, jaxpr.effects, length(jaxpr))
     return closed, Params(*buckets), outs
+
+
+def _by_components(jaxpr: Any) -> Callable:
+    """A traced function, args -> list, in which the components of a short argument are parts of one `split`.
+
+    Its transpose is one concatenation. That of y[0], y[1], y[0], … as they are written is a vector for each, padded with zeros,
+    and their sum: the gradient of HIRES, which has 25, takes 1.6 ms so, and 7 ms otherwise, for 100 rows 0.4 and 1.0 ms each.
+    """
+    short = lambda x: len(x.aval.shape) == 1 and x.aval.shape[0] <= SMALL and is_inexact(x.aval)
+    places = {x: i for i, x in enumerate(jaxpr.invars) if short(x)}
+    of_one = lambda e: e.primitive.name == "slice" and e.invars[0] in places and e.outvars[0].aval.shape == (1,)
+    taken, others = [e for e in jaxpr.eqns if of_one(e)], [e for e in jaxpr.eqns if not of_one(e)]
+    rest = jaxpr.replace(invars=[*(e.outvars[0] for e in taken), *jaxpr.invars], eqns=others)
+    where = [(places[e.invars[0]], e.params["start_indices"][0]) for e in taken]
+
+    def evaluate(args: list) -> list:
+        parts = {i: jax.lax.split(args[i], [1] * args[i].shape[0]) for i, _ in where}
+        return jax.core.eval_jaxpr(rest, [], *(parts[i][j] for i, j in where), *args)
+
+    return evaluate
 
 
 def length(jaxpr: Any) -> int:

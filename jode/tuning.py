@@ -16,12 +16,15 @@ SMALL = 32
 
 # Components up to which a sum over them is written out: XLA on a CPU fuses additions into the loop's one kernel, a reduction not.
 # Also those up to which matrices with the rows last are inverted by elimination written out: a factorisation and eight solves of
-# 1,000 matrices 3 x 3 take 53 µs so and 290 µs by LAPACK; 8 x 8 4.1 ms and 1.1 ms.
+# 1,000 matrices 3 x 3 take 53 µs so and 290 µs by LAPACK; 8 x 8 4.1 ms and 1.1 ms, for XLA computes what it fuses again and again.
 WRITTEN_OUT = 4
 
-# Components up to which a factorised matrix is also inverted, and a solve is a product: 1,000 matrices and eight solves of each
-# take 1.1 ms so and 1.6 ms otherwise for 8 components, 7.3 and 6.4 for 20.
-INVERTED = 16
+# Components up to which matrices with the rows last are inverted by elimination in a loop, BLOCK numbers of them at a time, and a
+# solve is a product. 1,000 inverses take 0.21 ms so for 8 components and 2.2 ms for 20, by LAPACK 1.1 and 5.9 ms, whose factors
+# alone take 0.4 and 1.9 ms, and eight solves with them more than that; for 32 components 25, 17 and 5.4 ms. One inverse and eight
+# products take 1.1 µs for 8 components and 6.1 for 20, by LAPACK 1.5 and 7.0. In blocks of half the size, or twice, the 2.2 ms are
+# 3.9 and 3.7: smaller ones take more turns, larger ones XLA hands to several threads, each turn anew.
+INVERTED, BLOCK = 24, 25_600
 
 # Rows of a batch that finish late go on in groups of GROUP where at least MANY rows ran together and at most one in FEW_LEFT is
 # left: on a CPU the stages of a group fit its cache. An accelerator runs all rows at once and has nothing to gain.

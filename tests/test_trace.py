@@ -125,3 +125,32 @@ def test_importing_jode_loads_jax_alone_and_rooms_where_they_are_used():
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = jode.nonsense  # pyright: ignore
+
+
+@pytest.mark.parametrize("solver", [jode.Fixed(jode.rk4, 20), jode.Adaptive(jode.rodas5p, 1e-6, 1e-6)], ids=["rk4", "rodas5p"])
+def test_components_however_often_they_are_written_are_taken_once(solver):
+    """Their derivatives are those of a field that writes none; what goes back to them is one concatenation, not padded vectors."""
+    M = jnp.array([[-1.0, 0.5, 0.0], [0.2, -2.0, 0.3], [0.0, 1.0, -0.5]])
+    whole = lambda t, y, k: k * (M @ y) + jnp.flip(y) * y[:2].sum()
+    y0, k = jnp.array([1.0, -0.5, 0.3]), jnp.array([1.0, 2.0, 0.5])
+
+    def written(t, y, k):
+        both = y[0] + y[:2][1]
+        first = k[0] * (M[0, 0] * y[0] + M[0, 1] * y[1]) + y[2] * both
+        second = k[1] * (M[1, 0] * y[-3] + M[1, 1] * y[1] + M[1, 2] * y[2]) + y[1] * both
+        return jnp.stack([first, second, k[2] * (M[2, 1] * y[1] + M[2, 2] * y[::2][1]) + y[0] * both])
+
+    loss = lambda f: lambda y, k: jnp.sum(jode.odeint(f, y, (0.0, 1.0), k, solver=solver)[-1] ** 3)
+    both = lambda f: (jax.jit(jax.value_and_grad(loss(f), (0, 1)))(y0, k), jax.jacfwd(jax.grad(loss(f)))(y0, k))
+    for a, b in zip(*map(jax.tree.leaves, map(both, (written, whole))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+    rows = jax.vmap(jax.grad(loss(written), (0, 1)), (0, None))(jnp.stack([2 * y0, y0]), k)
+    np.testing.assert_allclose(rows[1][1], jax.grad(loss(whole), 1)(y0, k), rtol=1e-9)
+
+
+def test_the_way_back_of_components_has_no_padded_vectors():
+    f = lambda t, y, k: jnp.stack([k[0] * y[0] * y[1], y[0] + k[1] * y[1] * y[0]])
+    loss = lambda k: jode.odeint(f, jnp.ones(2), (0.0, 1.0), k, solver=jode.Fixed(jode.euler, 3))[-1, 0]
+    lines = jax.jit(jax.grad(loss)).lower(jnp.ones(5)).as_text().splitlines()
+    assert not [x for x in lines if "stablehlo.pad" in x and x.endswith("-> tensor<5xf64>")]
+    assert [x for x in lines if "stablehlo.concatenate" in x and x.endswith("-> tensor<5xf64>")]

@@ -17,7 +17,7 @@ from jax import Array
 
 from jode.rows import Rows
 from jode.tree import State, widest
-from jode.tuning import INVERTED, WRITTEN_OUT
+from jode.tuning import BLOCK, INVERTED, WRITTEN_OUT
 from jode.window import Window
 
 
@@ -70,17 +70,19 @@ def along(window: Window, s: State, directions: Array) -> tuple[State, State, Ar
     return slope, bend, joined(rows, moved, lead=1)
 
 
-def implicit(matvec: Callable, apply: Callable) -> Callable:
-    """r -> x of matvec(x) = r, where apply(r) is x, with the derivatives of the system."""
-    back = lambda _, r: jax.linear_transpose(apply, r)(r)[0]
-    return lambda r: jax.lax.custom_linear_solve(matvec, r, lambda _, r: apply(r), back)
+def implicit(matvec: Callable, apply: Callable, back: Callable | None = None) -> Callable:
+    """r -> x of matvec(x) = r, where apply(r) is x, with the derivatives of the system; back is the transpose of apply."""
+    back = back or (lambda r: jax.linear_transpose(apply, r)(r)[0])
+    return lambda r: jax.lax.custom_linear_solve(matvec, r, lambda _, r: apply(r), lambda _, r: back(r))
 
 
 # --- matrices
 
 
 def dense(window: Window, s: State, gamma: float) -> System:
-    """By a matrix a row, with all its columns; w = γ h. n forward derivatives of f and 2 n³ / 3 products, 2 n² a solve."""
+    """By a matrix a row, with all its columns; w = γ h. n forward derivatives of f, n³ products for an
+    inverse or a third of them for factors, and n² a solve.
+    """
     rows, y = window.rows, joined(window.rows, s)
     n = y.shape[rows.component_axis]
     J = window.given_jacobian(s)
@@ -91,11 +93,11 @@ def dense(window: Window, s: State, gamma: float) -> System:
     else:
         slope, bend, _ = along(window, s, jnp.zeros((0, n)))
         J = J.astype(y.dtype)
-    if n <= WRITTEN_OUT:
+    if n <= INVERTED and rows.component_axis == 0:
         w = rows.spread(gamma * window.h).astype(y.dtype)
         W = _identity(J, 0) - (w if rows.size is None else w[None]) * J
         M = inverse(jax.lax.stop_gradient(W))
-        solve = implicit(partial(_times, W), partial(_times, M))
+        solve = implicit(partial(_times, W), partial(_product, M), partial(_product, M, over=0))
     else:
         J = jnp.moveaxis(J, -1, 0) if rows.size is not None and not rows.component_axis else J
         W = _identity(J, J.ndim - 2) - _width(window, gamma, y.dtype) * J
@@ -120,13 +122,40 @@ def _times(M: Array, x: Array) -> Array:
     return jnp.sum(M * x[None], axis=1)
 
 
+def _product(M: Array, x: Array, over: int = 1) -> Array:
+    """M x with the rows last, and xᵀ M `over` the first axis, of a constant M: no sum over an axis that is not the last one."""
+    n = x.shape[0]
+    if n <= WRITTEN_OUT:
+        return jnp.sum(M * (x[None] if over else x[:, None]), axis=over)
+    if x.ndim == 1:
+        return jnp.tensordot(M, x, ((over,), (0,)), precision="highest")
+    at = lambda x, k, axis: jax.lax.dynamic_index_in_dim(x, k, axis, keepdims=False)
+    return jax.lax.fori_loop(0, n, lambda k, total: total + at(M, k, over) * at(x, k, 0)[None], jnp.zeros_like(x))
+
+
 def _times_rows(M: Array, x: Array) -> Array:
     """M x with the rows first."""
     return jnp.einsum("...ij,...j->...i", M, x)
 
 
 def inverse(W: Array) -> Array:
-    """W⁻¹ of small matrices with the rows last, by elimination with partial pivoting; not finite where W is singular."""
+    """W⁻¹ of matrices with the rows last; not finite where W is singular."""
+    if W.shape[0] <= WRITTEN_OUT:
+        return _pivoted(W)
+    blocks = 1 if W.ndim == 2 else -(-W.size // BLOCK)
+    if blocks == 1:
+        return _eliminated(W)
+    size = -(-W.shape[2] // (8 * blocks)) * 8
+
+    def turn(i: Array, M: Array) -> Array:  # the last rows may be those of two blocks
+        of_block = _eliminated(jax.lax.dynamic_slice_in_dim(W, i * size, size, 2))
+        return jax.lax.dynamic_update_slice_in_dim(M, of_block, i * size, 2)
+
+    return jax.lax.fori_loop(0, blocks, turn, jnp.zeros_like(W))
+
+
+def _pivoted(W: Array) -> Array:
+    """By elimination with partial pivoting, written out."""
     n = W.shape[0]
     equations = list(jnp.concatenate([W, _identity(W, 0)], axis=1))
     for k in range(n):
@@ -140,13 +169,48 @@ def inverse(W: Array) -> Array:
     return jnp.stack([x[n:] for x in equations])
 
 
+def _eliminated(W: Array) -> Array:
+    """By elimination without pivots; where that is wrong in more than a third of the digits, again in the order of LAPACK's pivots.
+
+    I - w J seldom needs a pivot: its diagonal dominates its columns where what one component loses the others gain.
+    """
+    M, x = _gauss_jordan(W), jnp.cos(jnp.arange(W.shape[0], dtype=W.dtype))  # of no symmetry
+    x = jnp.broadcast_to(jnp.expand_dims(x, range(1, W.ndim - 1)), W.shape[1:])
+    found = jnp.abs(_product(W, _product(M, x)) - x) <= jnp.finfo(W.dtype).eps ** (2 / 3)
+
+    def in_order() -> Array:
+        order = jnp.moveaxis(jax.lax.linalg.lu(jnp.moveaxis(W, (0, 1), (-2, -1)))[2], -1, 0)
+        M = _gauss_jordan(jnp.take_along_axis(W, order[:, None], 0))
+        return jnp.put_along_axis(M, jnp.broadcast_to(order[None], W.shape), M, 1, inplace=False)
+
+    once = lambda c: (jnp.zeros_like(c[0]), in_order())
+    return jax.lax.while_loop(lambda c: c[0], once, (~jnp.all(found), M))[1]  # `cond` would copy M
+
+
+def _gauss_jordan(W: Array) -> Array:
+    """W⁻¹ in the place of W, without pivots: n³ products.
+
+    The row and the column of the pivot are carried from turn to turn, or XLA would compute them again for each entry.
+    """
+    n = W.shape[0]
+    i = jnp.arange(n).reshape(n, *[1] * (W.ndim - 2))
+
+    def pivot(M: Array, k: Any) -> tuple[Array, Array]:
+        row, column = (jax.lax.dynamic_index_in_dim(M, k, axis, keepdims=False) for axis in (0, 1))
+        return jnp.where(i == k, 1, row) * (1 / jax.lax.dynamic_index_in_dim(row, k, 0)), jnp.where(i == k, -1, column)
+
+    def turn(k: Array, carry: tuple) -> tuple:
+        M, row, column = carry
+        M = jnp.where((i != k)[:, None] & (i != k)[None], M, 0) - column[:, None] * row[None]
+        return M, *pivot(M, k + 1)
+
+    return jax.lax.fori_loop(0, n, turn, (W, *pivot(W, 0)))[0]
+
+
 def factored(W: Array) -> Callable:
     """r -> W⁻¹ r with the rows first, by an LU factorisation with partial pivoting."""
     factors = jsl.lu_factor(W)
-    if W.shape[-1] > INVERTED:
-        return lambda r: jsl.lu_solve(factors, r[..., None])[..., 0]
-    M = jsl.lu_solve(factors, _identity(W, W.ndim - 2))
-    return partial(_times_rows, M)
+    return lambda r: jsl.lu_solve(factors, r[..., None])[..., 0]
 
 
 # --- bands

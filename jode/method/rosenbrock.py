@@ -26,7 +26,7 @@ class Rosenbrock(Method):
 
     Local error O(h^(p+1)), global O(h^p) for order p where the problem is not stiff; very stiff ones lower the order. A step costs
     one evaluation of f per stage, one Jacobian (n forward derivatives of f for n components, and one in time) and one factorisation
-    (2n³/3 products). There is no iteration, so a step is an explicit function of its start: derivatives are exact, and solve with
+    (n³ products at most). There is no iteration: a step is an explicit function of its start, derivatives are exact, and solve with
     the factors that are there. A row whose matrix is singular, or whose stage is not finite, rejects the step and tries a
     smaller one; equal steps fail there.
 
@@ -111,13 +111,6 @@ class Rosenbrock(Method):
         (_, K, ok), _ = jax.lax.scan(stage, (jnp.ones((), jnp.int32), K, ok), (c, d, a, C))
         ks = unstack(K, t.stages)
         return Step(increment(s, h, t.b, ks), ks, ok)
-
-    def pullback(self, window: Window, s: State, dense: bool, rolled: bool) -> tuple[State | None, Callable]:
-        """As for every method; `rolled` puts the stages of a batch in a loop: HIRES, 200 rows, takes 0.27 s so and 0.40 s written
-        out, one trajectory of POLLU 8 ms so and 2 ms written out.
-        """
-        looped = window.long or (rolled and window.rows.size is not None)
-        return super().pullback(replace(window, long=looped), s, dense, rolled)
 
 
 def _scaled(gamma: float, f: State) -> State:
