@@ -170,7 +170,7 @@ def _pivoted(W: Array) -> Array:
 
 
 def _eliminated(W: Array) -> Array:
-    """By elimination without pivots; where that is wrong in more than a third of the digits, again in the order of LAPACK's pivots.
+    """By elimination without pivots; where that is wrong in more than a third of the digits, again with the equations in order.
 
     I - w J seldom needs a pivot: its diagonal dominates its columns where what one component loses the others gain.
     """
@@ -179,12 +179,36 @@ def _eliminated(W: Array) -> Array:
     found = jnp.abs(_product(W, _product(M, x)) - x) <= jnp.finfo(W.dtype).eps ** (2 / 3)
 
     def in_order() -> Array:
-        order = jnp.moveaxis(jax.lax.linalg.lu(jnp.moveaxis(W, (0, 1), (-2, -1)))[2], -1, 0)
+        order = _pivots(W)
         M = _gauss_jordan(jnp.take_along_axis(W, order[:, None], 0))
-        return jnp.put_along_axis(M, jnp.broadcast_to(order[None], W.shape), M, 1, inplace=False)
+        i = jnp.arange(W.shape[0]).reshape(1, -1, *[1] * (W.ndim - 2))
+        column = lambda x, k, axis: jax.lax.dynamic_slice_in_dim(x, k, 1, axis)
+        place = lambda k, out: jnp.where(column(order, k, 0) == i, column(M, k, 1), out)  # of equation order[k]
+        return jax.lax.fori_loop(0, W.shape[0], place, M)
 
     once = lambda c: (jnp.zeros_like(c[0]), in_order())
     return jax.lax.while_loop(lambda c: c[0], once, (~jnp.all(found), M))[1]  # `cond` would copy M
+
+
+def _pivots(W: Array) -> Array:
+    """The order of the equations, (n, ...), in which elimination meets the largest pivot that is left in each column."""
+    i = jnp.arange(W.shape[0]).reshape(-1, *[1] * (W.ndim - 2))
+
+    def turn(k: Array, carry: tuple) -> tuple:
+        M, order = carry
+        at = lambda x: jax.lax.dynamic_index_in_dim(x, k, 0, keepdims=False)
+        column = jax.lax.dynamic_index_in_dim(M, k, 1, keepdims=False)
+        largest = i == jnp.argmax(jnp.where(i < k, -1, jnp.abs(column)), axis=0)
+
+        def swapped(x: Array) -> Array:
+            here, there = (m if x.ndim == largest.ndim else m[:, None] for m in (i == k, largest))
+            return jnp.where(here, jnp.sum(jnp.where(there, x, 0), axis=0), jnp.where(there, at(x), x)).astype(x.dtype)
+
+        M, order = swapped(M), swapped(order)
+        column = jax.lax.dynamic_index_in_dim(M, k, 1, keepdims=False)
+        return M - jnp.where(i > k, column / at(column), 0)[:, None] * at(M)[None], order
+
+    return jax.lax.fori_loop(0, W.shape[0], turn, (W, jnp.broadcast_to(i, W.shape[1:])))[1]
 
 
 def _gauss_jordan(W: Array) -> Array:
