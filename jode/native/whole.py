@@ -31,15 +31,16 @@ def _names(*lines: str) -> frozenset:
 ELEMENTWISE = _names(
     "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp complex conj convert_element_type copy copy_p cos",
     "cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le le_to lgamma log log1p",
-    "logistic lt lt_to max min mul name ne neg nextafter not or pow real reduce_precision rem round rsqrt select_n shift_left",
-    "shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor",
+    "logistic lt lt_to max min mul ne neg nextafter not or pow real reduce_precision rem round rsqrt select_n shift_left",
+    "shift_right_arithmetic shift_right_logical sign sin sinh sqrt square sub tan tanh xor",
 )
 EXPANDED = _names("acosh asinh atan atanh digamma erf erf_inv erfc lgamma tan")  # into some fifty operations at most
 MOVING = _names(
-    "broadcast_in_dim concatenate dynamic_slice gather iota optimization_barrier pad reshape rev slice split squeeze stack tile",
+    "broadcast_in_dim concatenate dynamic_slice gather iota pad reshape rev slice split squeeze stack tile",
     "transpose unstack",
 )
 REDUCING = _names("argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum")
+IDENTITY = _names("name optimization_barrier stop_gradient")
 INLINED = _names("checkpoint closed_call custom_jvp_call custom_linear_solve custom_vjp_call jit pjit remat2")
 LOOPS = _names("cond scan while")
 
@@ -70,7 +71,7 @@ def _work(eqn: Any) -> float:
     if name in LOOPS:
         stacked = made if name == "scan" else []
         safe, found = all(w < WORK for w in inner) and all(_bytes(x) <= TABLE for x in stacked), 0.0
-    elif name in INLINED:
+    elif name in INLINED or name in IDENTITY:
         safe, found = True, sum(inner)
     elif name == "dynamic_update_slice":  # in place
         safe, found = True, 11 * given[1].size
