@@ -50,10 +50,10 @@ WORK, TABLE, ARRAY, REDUCED = 200_000, 2**18, 2**16, 4096
 
 
 def can_be_whole(ctx: Any, program: Any) -> bool:
-    """Whether a traced program that is lowered here may be one function: on one device, and made of what is safe."""
+    """Whether a traced program that is lowered here may be one function: on one device, of small operands and of what is safe."""
     module = ctx.module_context
     alone = getattr(module.axis_context, "num_devices", None) == 1 and not module.lowering_parameters.for_export
-    return alone and work(program) < WORK
+    return alone and all(_bytes(x) <= TABLE for x in program.in_avals) and work(program) < WORK
 
 
 def work(program: Any) -> float:
