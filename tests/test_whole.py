@@ -35,6 +35,7 @@ UNKNOWN = {
     "random": lambda t, y, a: -a * y + 0.01 * jax.random.normal(jax.random.key(0), (3,)),
     "reductions of many": lambda t, y, a: -a * y * jnp.sum(jnp.sin(jnp.arange(5000.0) * y[0])),
     "arrays of many": lambda t, y, a: -a * y * jnp.sin(jnp.arange(50_000.0) * y[0])[7],
+    "print": lambda t, y, a: (jax.debug.callback(lambda t: None, t), -a * y)[1],
     "callback": lambda t, y, a: -a * jax.pure_callback(lambda y: np.asarray(y), jax.ShapeDtypeStruct((3,), y.dtype), y),
 }
 SOLVERS = {"adaptive": jode.Adaptive(jode.tsit5, 1e-6, 1e-6), "fixed": jode.Fixed(jode.rk4, 5)}

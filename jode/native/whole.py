@@ -88,7 +88,8 @@ def _work(eqn: Any) -> float:
         filling = name in ("broadcast_in_dim", "iota")
         safe, found = all(_bytes(x) <= (TABLE if filling else ARRAY) for x in made), 0.0
     else:
-        safe, found = name in ELEMENTWISE and _bytes(made[0]) <= ARRAY, (550 if name in EXPANDED else 11) * made[0].size
+        safe = name in ELEMENTWISE and all(_bytes(x) <= ARRAY for x in made)
+        found = (550.0 if name in EXPANDED else 11.0) * sum(x.size for x in made)
     return found if safe else math.inf
 
 
