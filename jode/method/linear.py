@@ -183,7 +183,7 @@ def _eliminated(W: Array) -> Array:
         M = _gauss_jordan(jnp.take_along_axis(W, order[:, None], 0))
         i = jnp.arange(W.shape[0]).reshape(1, -1, *[1] * (W.ndim - 2))
         column = lambda x, k, axis: jax.lax.dynamic_slice_in_dim(x, k, 1, axis)
-        place = lambda k, out: jnp.where(column(order, k, 0) == i, column(M, k, 1), out)  # of equation order[k]
+        place = lambda k, out: jnp.where(column(order, k, 0)[None] == i, column(M, k, 1), out)  # of equation order[k]
         return jax.lax.fori_loop(0, W.shape[0], place, M)
 
     once = lambda c: (jnp.zeros_like(c[0]), in_order())
@@ -196,17 +196,19 @@ def _pivots(W: Array) -> Array:
 
     def turn(k: Array, carry: tuple) -> tuple:
         M, order = carry
-        at = lambda x: jax.lax.dynamic_index_in_dim(x, k, 0, keepdims=False)
+        at = lambda x: jax.lax.dynamic_index_in_dim(x, k, 0)
         column = jax.lax.dynamic_index_in_dim(M, k, 1, keepdims=False)
-        largest = i == jnp.argmax(jnp.where(i < k, -1, jnp.abs(column)), axis=0)
+        largest = i == jnp.argmax(jnp.where(i < k, -1, jnp.abs(column)), axis=0, keepdims=True)
 
         def swapped(x: Array) -> Array:
             here, there = (m if x.ndim == largest.ndim else m[:, None] for m in (i == k, largest))
-            return jnp.where(here, jnp.sum(jnp.where(there, x, 0), axis=0), jnp.where(there, at(x), x)).astype(x.dtype)
+            return jnp.where(here, jnp.sum(jnp.where(there, x, 0), axis=0, keepdims=True), jnp.where(there, at(x), x)).astype(
+                x.dtype
+            )
 
         M, order = swapped(M), swapped(order)
         column = jax.lax.dynamic_index_in_dim(M, k, 1, keepdims=False)
-        return M - jnp.where(i > k, column / at(column), 0)[:, None] * at(M)[None], order
+        return M - jnp.where(i > k, column / at(column), 0)[:, None] * at(M), order
 
     return jax.lax.fori_loop(0, W.shape[0], turn, (W, jnp.broadcast_to(i, W.shape[1:])))[1]
 
