@@ -40,7 +40,7 @@ PLENTY = 1000
 # Tables have static shapes and are filled when they are made: with a slot for each of max_steps = 4096 steps the gradient of 1,000
 # rows of Lorenz' equations took 29 ms, and with 256 slots 2.4 ms. So the default adjoint records the steps of a found grid in
 # chapters of RECORD steps, or of as many as there are chapters. Tables of at most LITTLE bytes are filled in
-# less than that costs: a loop inside a loop is no longer compiled as one function (22 µs became 100 µs for one trajectory).
+# less than that costs: where a march is not one function, a loop inside a loop made 22 µs of one trajectory 100 µs.
 LITTLE, RECORD = 2**18, 256
 
 # Equations of a traced field from which its program is long, of which each product takes some away: see `long`.
@@ -62,7 +62,8 @@ def one_function(platform: str | None, state: int, times: int, backwards: bool) 
     480 and 920, for 400 2,390 and 2,260; a Hessian-vector product of one 62 and 296; of Lorenz' 96 model with 40 components 100 and
     364, with 512 895 and 1,500. A solve alone of that model with 40 components takes 49 and 65, with 128 108 and 95, with 512 364
     and 255; of Lorenz' equations and 1,000 rows 990 and 1,090. Traced and compiled it is in two thirds of the time. Tried with jax
-    0.7 to 0.12; with another the program stays as it was.
+    0.7 to 0.12; with another the program stays as it was. These are the sizes at which it pays; what is safe (`work` in
+    native/whole.py) may be less: 100 rows of Lorenz' equations by tsit5 are not shown to be.
     """
     most = 512 if backwards else 4096 if times > 1 and state <= SMALL else 128
     return platform == "cpu" and jax.__version_info__ < (0, 13) and state * times <= most

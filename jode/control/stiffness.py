@@ -23,7 +23,7 @@ def stability_limited(march: Any, problem: Problem, out: Array, t: Array, h: Arr
     λ is found by the power method, with differences of f: fields that have no forward derivative are served too. Costs nothing
     where no row is out of steps, and `ITERATIONS` evaluations of f, not counted, where one is. Long fields, which take long to
     compile wherever they stand, are not looked at; nor is a march that is recorded for a gradient, whose status stays `max_steps`:
-    XLA on a CPU compiles that of a small problem as one function, which one loop more would prevent (70 µs became 190).
+    where XLA on a CPU makes one function of its loop by itself, one loop more prevented that (70 µs became 190).
     """
     limit, rows = march.method.stability, march.rows
     if limit is None or not slope or march.long or not march.tells_stiff:

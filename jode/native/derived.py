@@ -49,8 +49,8 @@ def tangent_march(march: March, rows: tuple | None, active: tuple) -> March:
 
     row = () if rows is None else rows[:1]
     shaped = lambda xs: [jax.ShapeDtypeStruct((*row, *x.shape), x.dtype) for x in xs]
-    promise = Promise(shaped(march.values * 2), shaped(march.rest), march.effects, march.state, march.rows * count(rows))
-    return _march(march, rows, (march.operands, len(active)), by_row, promise, run, pull)
+    made = shaped(march.values * 2), shaped(march.rest)
+    return _march(march, rows, (march.operands, len(active)), by_row, made, run, pull)
 
 
 def cotangent_march(march: March, rows: tuple | None, active: tuple, held: int, bars: Sequence) -> March:
@@ -79,14 +79,14 @@ def cotangent_march(march: March, rows: tuple | None, active: tuple, held: int, 
     def by_row(held: list, zbar: list) -> tuple[list, list]:
         return [m or i in active or i >= march.operands for i, m in enumerate(held)], [True] * len(zbar)
 
-    promise = Promise(list(bars), [], march.effects, march.state, march.rows * count(rows))
-    return _march(march, rows, (held, len(march.values)), by_row, promise, run, pull, anew)
+    return _march(march, rows, (held, len(march.values)), by_row, (list(bars), []), run, pull, anew)
 
 
 def _march(
-    march: March, rows: tuple | None, sizes: tuple, by_row: Callable, promise: Promise, run: Any, pull: Any, anew: Any = None
+    march: March, rows: tuple | None, sizes: tuple, by_row: Callable, made: tuple[Any, Any], run: Any, pull: Any, anew: Any = None
 ) -> March:
-    """A march of the operands that a form of `march` for these rows holds and of the linear ones, as many as `sizes` says.
+    """A march of the operands that a form of `march` for these rows holds and of the linear ones, as many as `sizes` says, which
+    returns (values, rest) as `made` says.
 
     run, pull, anew: its forms, (rows, platform) -> function of (held, linear). by_row: which operands the form for a batch wants by
     row, given which are (flags for both).
@@ -133,4 +133,5 @@ def _march(
         ),
         anew=anew and (lambda batch, platform: form(anew, batch, platform)),
     )
+    promise = Promise(*made, march.effects, march.state, march.rows * count(rows))
     return March(rule, jax.tree.structure(([0] * (n + linear), [0] * (held - n))), n + linear, promise)
