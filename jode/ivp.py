@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial, reduce
-from types import CellType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,6 +20,7 @@ from jode.asked import Asked, in_order, inside
 from jode.control import Adaptive, Solver, Stats, Status
 from jode.control.base import concrete
 from jode.control.stops import stopping
+from jode.dependencies import dependencies, types_in
 from jode.field import close, jump_of
 from jode.march import Plan, Problem
 from jode.method import Method
@@ -115,9 +115,11 @@ def solve(
         _check_stops(solver, adjoint)
     dynamic, static = partition((f, args, solver, asked, looks, stops, jumps), DATA)
     dynamic = [jnp.asarray(x) for x in dynamic]
-    functions = [f, solver.method.jac, jumps and jumps[1], *asked.functions]
-    untraced = not any(map(_holds_tracers, functions))
-    run = _solve_jitted if hashable((static, adjoint)) and untraced else _solve
+    _, _, still, _ = static
+    norm = getattr(solver, "norm", None)
+    key, traced = dependencies(*filter(callable, still), solver.method.jac, norm and norm.norm, *asked.functions, *asked.beside)
+    key = (key, types_in(jax.tree.structure((y0, f, args, solver, jumps))))
+    run = partial(_solve_jitted, key=key) if hashable((static, adjoint)) and not traced else _solve
     checked = all(concrete(x) for x in (ts, stops, jumps and jumps[0], *jax.tree.leaves(solver)))
     return run(y0, ts, dynamic, static, adjoint, checked)
 
@@ -135,13 +137,6 @@ def odeint(
 ) -> PyTree[Inexact[Array, "saves ..."]]:
     """`solve(...).ys`: the states at the save times, without counts or status."""
     return solve(f, y0, ts, args, solver=solver, adjoint=adjoint, stops=stops, jumps=jumps).ys
-
-
-def _holds_tracers(f: Any) -> bool:
-    """Whether a function closes over tracers, itself or by a function it closes over: a program cached for it would keep them."""
-    closure = f.__closure__ if isinstance(f, FunctionType) else None
-    cells = [c.cell_contents for c in closure or () if c != CellType()]
-    return any(isinstance(x, jax.core.Tracer) or _holds_tracers(x) for x in jax.tree.leaves(cells))
 
 
 DATA = (jax.Array, np.ndarray, np.generic, float, complex)  # other leaves of args are static
@@ -388,4 +383,7 @@ def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, checked: 
     return Solution(given, ys, stats, status, reached, observed)
 
 
-_solve_jitted = partial(jax.jit, static_argnums=(3, 4, 5), inline=True)(_solve)
+@partial(jax.jit, static_argnums=(3, 4, 5), static_argnames=("key",), inline=True)
+def _solve_jitted(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, checked: bool, *, key: Any) -> Solution:
+    """`_solve`, compiled; key: what its functions depend on besides, as it is now."""
+    return _solve(y0, ts, dynamic, static, adjoint, checked)

@@ -23,6 +23,7 @@ ROOMS = [
     "march",
     "adjoint",
     "asked",
+    "dependencies",
     "ivp",
     "depth",
     "validity",
