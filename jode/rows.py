@@ -99,13 +99,23 @@ class Rows:
         """
         if self.size is None:
             return f
-        axes = jax.tree.map(lambda m: self.axis if m else None, mapped)
 
         def lifted(t: Array, y: Any, params: Any, *numbers: Array) -> Any:
             t_axis = None if t.ndim == 0 else 0
             t = t if t.ndim == 0 else self.flat(t)
-            each = (0,) * len(numbers)
-            return jax.vmap(f, (t_axis, self.axis, axes, *each), self.axis)(t, y, params, *map(self.flat, numbers))
+
+            def along(axis: int) -> Any:
+                """f of all rows, which lie along this axis where f sees them."""
+                to = lambda x: jnp.moveaxis(x, self.axis, axis)
+                axes = (t_axis, axis, jax.tree.map(lambda m: axis if m else None, mapped), *(0 for _ in numbers))
+                given = jax.tree.map(to, y), jax.tree.map(lambda m, x: to(x) if m else x, mapped, params)
+                out = jax.vmap(f, axes, axis)(t, *given, *map(self.flat, numbers))
+                return jax.tree.map(lambda x: jnp.moveaxis(x, axis, self.axis), out)
+
+            try:
+                return along(self.axis)
+            except NotImplementedError:  # the rules of some primitives, of sparse matrices among them, want rows in front
+                return along(0)
 
         return lifted
 

@@ -173,7 +173,7 @@ def test_a_native_march_composes(transform):
             jnp.zeros((), jnp.int32) if batch is None else jnp.zeros(batch.size, jnp.int32),
         )
 
-    def record(batch, platform):
+    def record(batch, platform, sized):
         return lambda moving, still: (*run(batch, platform)(moving, still), jnp.cos(moving[1]))
 
     def pull(batch, platform):

@@ -53,10 +53,10 @@ class Backprop(Discrete):
         return jnp.zeros_like(steps) if checkpoints is None else jnp.maximum(recomputed(steps, checkpoints), 0)
 
     def recovery(self, march: March, problem: Problem, kept: Kept, ys: State) -> tuple[Any, Callable]:
-        checkpoints = self.storage(march.plan, march.rows.size or 1)
-        if checkpoints is None:
+        if kept.states and all(x.shape[0] for x in kept.states):
             return kept.states, lambda i, states: (take(states, i), states)
-        return _recompute(march, problem, kept, checkpoints)
+        checkpoints = self.storage(march.plan, march.rows.size or 1)
+        return _recompute(march, problem, kept, march.plan.most if checkpoints is None else checkpoints)
 
     def storage(self, plan: Plan, rows: int) -> int | None:
         """How many states to keep; None where every step's is kept by the march itself."""

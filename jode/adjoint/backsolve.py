@@ -66,7 +66,7 @@ class Backsolve(Adjoint):
         """The way back chooses its own steps, later."""
         return outcome._replace(stats=outcome.stats._replace(nfe_backward=jnp.zeros_like(outcome.stats.nfe_backward)))
 
-    def record(self, march: March, problem: Problem) -> tuple[Outcome, Any]:
+    def record(self, march: March, problem: Problem, sized: int) -> tuple[Outcome, Any]:
         return march.run(problem), ()
 
     def pull(self, march: March, problem: Problem, outcome: Outcome, kept: Any, bars: tuple) -> tuple:

@@ -35,7 +35,7 @@ class Discrete(Adjoint):
     keeps_resets = False  # whether states that are reset must be kept, for their steps are not taken again
 
     def records(self, plan: Plan, rows: int) -> Record | None:
-        """What is recorded of the march, if anything is."""
+        """What is recorded of the march of so many rows, if anything is."""
         raise NotImplementedError
 
     def again(self, plan: Plan, rows: int, steps: Array) -> Array:
@@ -61,8 +61,8 @@ class Discrete(Adjoint):
         backward = outcome.stats.nfe_backward + again * plan.solver.method.evaluations
         return outcome._replace(stats=outcome.stats._replace(nfe_backward=backward))
 
-    def record(self, march: March, problem: Problem) -> tuple[Outcome, Kept]:
-        outcome, kept = march.record(problem, self.records(march.plan, march.rows.size or 1), self.keeps_resets)
+    def record(self, march: March, problem: Problem, sized: int) -> tuple[Outcome, Kept]:
+        outcome, kept = march.record(problem, self.records(march.plan, sized), self.keeps_resets)
         return outcome, kept_from_layout(march, kept)
 
     def pull(self, march: March, problem: Problem, outcome: Outcome, kept: Kept, bars: tuple) -> tuple:
@@ -71,12 +71,12 @@ class Discrete(Adjoint):
         lost = failed(march, outcome)
         at_start = failed_at_start(march, kept.grid, good, lost)
         unrecoverable = lost & self.unrecoverable(march)
-        record = self.records(march.plan, rows.size or 1)
+        record = Record.of(kept)
 
         def pull(problem: Problem, g: Given) -> tuple[Cotangents, Array]:
             ys = tuple(rows.to_layout(x, True, 1) for x in outcome.ys)
             recovery = lambda kept: self.recovery(march, problem, kept, ys)
-            c, first = reverse(march, problem, good, kept, g, record if record and record.chapters else None, recovery)
+            c, first = reverse(march, problem, good, kept, g, record if record.chapters else None, recovery)
             c = c._replace(s=where(at_start, tuple(x[0] for x in g.ys), c.s))
             return c, (unrecoverable | self.drifted(march, problem, first, ys)) & ~at_start
 

@@ -41,8 +41,10 @@ class Adjoint:
         """Why this adjoint cannot serve this solver, if it cannot."""
         return None
 
-    def record(self, march: March, problem: Problem) -> tuple[Outcome, Any]:
-        """The outcome, and what the way back needs, each array led by the rows of a batch."""
+    def record(self, march: March, problem: Problem, sized: int) -> tuple[Outcome, Any]:
+        """The outcome, and what the way back needs, each array led by the rows of a batch. What is kept of a row has shapes that
+        depend on `sized` alone: of how many rows there are when it is first asked for.
+        """
         raise NotImplementedError
 
     def pull(self, march: March, problem: Problem, outcome: Outcome, kept: Any, bars: tuple) -> tuple:
@@ -67,11 +69,11 @@ class Adjoint:
 
             return form
 
-        def record(batch: Batch | None, platform: str | None) -> Callable:
+        def record(batch: Batch | None, platform: str | None, sized: int) -> Callable:
             march = March.of(plan, batch, platform)
 
             def form(moving: tuple, still: tuple) -> tuple:
-                outcome, kept = self.record(march, to_layout(march, problem_of(moving, still)))
+                outcome, kept = self.record(march, to_layout(march, problem_of(moving, still)), sized)
                 return *_parts(self.counted(plan, _rows(batch), from_layout(march, outcome))), kept
 
             return form

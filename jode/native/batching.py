@@ -10,18 +10,20 @@ import jax.numpy as jnp
 from jax import Array
 from jax.interpreters import batching
 
-from jode.native.forms import March, held_of, linear_of, place_axis
-from jode.native.primitives import PRIMITIVES
+from jode.native.forms import March, arrays, held_of, linear_of, place_axis
+from jode.native.primitives import PRIMITIVES, rows_p
+from jode.native.settings import in_settings_of_its_march
 from jode.tuning import SMALL
 
 
-def _batch(kind: str, axis: Any, operands: tuple, dims: tuple, *, march: March, rows: tuple | None, **params: Any) -> tuple:
+def _batch(kind: str, axis: Any, operands: Sequence, dims: tuple, *, march: March, rows: tuple | None, **params: Any) -> tuple:
     """Under `vmap`: a direction, a batch of rows, or rows folded into those that are there."""
     if any(getattr(e, "name", None) == axis.name for e in march.effects):
         raise TypeError(
             f"f reduces over the axis {axis.name!r} of the jax.vmap around its solve, but trajectories of a batch march by "
             "themselves: to normalise over the batch, let y0 be the whole batch, one state"
         )
+    operands = arrays(operands)
     primitive, over, active = PRIMITIVES[kind], params.get("over", ()), params.get("active", ())
     bind = partial(primitive.bind, march=march)
     if all(d is None for d in dims):  # a solve that no mapped operand reaches is not a batch: it is done once
@@ -98,5 +100,13 @@ def _fold(x: Array, at: int, size: int, inner_size: int, outer: bool, inner: boo
     return jnp.broadcast_to(x, (*lead, size, inner_size, *rest)).reshape(*lead, size * inner_size, *rest)
 
 
+def _count(axis: Any, operands: Sequence, dims: tuple, *, found: Any) -> tuple:
+    """One more axis of rows, if operands have it."""
+    if any(d is not None for d in dims):
+        found.rows *= axis.size
+    return rows_p.bind(*operands, found=found), []
+
+
+batching.fancy_primitive_batchers[rows_p] = _count
 for _kind, _p in PRIMITIVES.items():
-    batching.fancy_primitive_batchers[_p] = partial(_batch, _kind)
+    batching.fancy_primitive_batchers[_p] = in_settings_of_its_march(partial(_batch, _kind))

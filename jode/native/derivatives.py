@@ -12,11 +12,13 @@ from jax.interpreters import ad
 from jax.interpreters import partial_eval as pe
 
 from jode.native.derived import cotangent_march, tangent_march
-from jode.native.forms import LINEAR, March, held_of, replaced, without
-from jode.native.primitives import PRIMITIVES, joint_p, pull_p, record_p, run_p, tangent_p
+from jode.native.forms import LINEAR, March, arrays, count, held_of, replaced, without
+from jode.native.primitives import PRIMITIVES, joint_p, live, pull_p, record_p, rows_p, run_p, tangent_p
+from jode.native.settings import in_settings_of_its_march
 
 
-def _run_jvp(primals: tuple, tangents: tuple, *, march: March, rows: tuple | None) -> tuple:
+def _run_jvp(primals: Sequence, tangents: Sequence, *, march: March, rows: tuple | None) -> tuple:
+    primals = arrays(primals)
     active = tuple(i for i, v in enumerate(tangents[: march.moving]) if not isinstance(v, ad.Zero))
     if not active:
         out = run_p.bind(*primals, march=march, rows=rows)
@@ -27,11 +29,20 @@ def _run_jvp(primals: tuple, tangents: tuple, *, march: March, rows: tuple | Non
 
 
 def _differentiate(
-    kind: str, primals: tuple, tangents: tuple, *, march: March, rows: tuple | None, over: tuple = (), active: tuple = ()
+    kind: str,
+    primals: Sequence,
+    tangents: Sequence,
+    *,
+    march: March,
+    rows: tuple | None,
+    over: tuple = (),
+    active: tuple = (),
+    **sized: int,
 ) -> tuple:
     """The derivative of a form is that of the march which the form is."""
+    primals = arrays(primals)
     if kind == "record":
-        results = record_p.bind(*primals, march=march, rows=rows)
+        results = record_p.bind(*primals, march=march, rows=rows, **sized)
         moved = tuple(i for i, v in enumerate(tangents[: march.moving]) if not isinstance(v, ad.Zero))
         params = {"march": march, "rows": rows, "over": (), "active": moved}
         dots = tangent_p.bind(*primals, *results, *(tangents[i] for i in moved), **params) if moved else []
@@ -99,7 +110,9 @@ def _split_joint(trace: Any, *tracers: Any, march: March, rows: tuple | None, ov
     held, moved = tracers[: march.operands], tracers[march.operands :]
     if over or all(t.is_known() for t in moved) or not all(t.is_known() for t in held):
         return trace.default_process_primitive(joint_p, tracers, params)
-    results = record_p.bind(*(t.pval.get_known() for t in held), march=march, rows=rows)
+    known = [t.pval.get_known() for t in held]
+    # What is kept of a row has shapes that no later `vmap` changes: JAX asks that of what one program hands to another.
+    results = record_p.bind(*known, march=march, rows=rows, sized=count(rows) * live(known))
     known = [trace.new_const(x) for x in results]
     dots = trace.default_process_primitive(tangent_p, [*held, *known, *moved], params)
     return [*known[: len(march.values) + len(march.rest)], *dots]
@@ -132,10 +145,11 @@ def _transpose_pull(cotangents: Sequence, *operands: Any, march: March, rows: tu
     return [None] * len(held) + tangent_p.bind(*held, *dots, march=march, rows=rows, over=over, active=active)
 
 
-ad.primitive_jvps[run_p] = _run_jvp
+ad.primitive_jvps[rows_p] = lambda primals, tangents, *, found: (rows_p.bind(*primals, found=found), [])
+ad.primitive_jvps[run_p] = in_settings_of_its_march(_run_jvp)
 for _kind in ("record", *LINEAR):
-    ad.primitive_jvps[PRIMITIVES[_kind]] = partial(_differentiate, _kind)
-pe.custom_partial_eval_rules[joint_p] = _split_joint
+    ad.primitive_jvps[PRIMITIVES[_kind]] = in_settings_of_its_march(partial(_differentiate, _kind))
+pe.custom_partial_eval_rules[joint_p] = in_settings_of_its_march(_split_joint)
 pe.partial_eval_jaxpr_custom_rules[joint_p] = _split_joint_again
-ad.primitive_transposes[tangent_p] = _transpose_tangent
-ad.primitive_transposes[pull_p] = _transpose_pull
+ad.primitive_transposes[tangent_p] = in_settings_of_its_march(_transpose_tangent)
+ad.primitive_transposes[pull_p] = in_settings_of_its_march(_transpose_pull)

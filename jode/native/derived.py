@@ -28,7 +28,7 @@ def tangent_march(march: March, rows: tuple | None, active: tuple) -> March:
 
     def run(rows: tuple | None, platform: str | None) -> Callable:
         def form(held: list, v: list) -> tuple[list, list]:
-            out, dots = march.joint(rows, platform, active)(held, v)
+            out, dots = march.joint(platform, rows, active)(held, v)
             return [*out[:values], *dots], out[values:]
 
         return form
@@ -36,7 +36,7 @@ def tangent_march(march: March, rows: tuple | None, active: tuple) -> March:
     def pull(rows: tuple | None, platform: str | None) -> Callable:
         def form(held: list, v: list, bars: list) -> list:
             a, b = bars[:values], bars[values:]
-            back = lambda moved, b: march.back(rows, platform)(replaced(held, active, moved), b)[1]
+            back = lambda moved, b: march.back(platform, rows)(replaced(held, active, moved), b)[1]
             vbar, xbar = jax.jvp(back, ([held[i] for i in active], b), (v, a))
             return [*xbar, *(vbar[i] for i in active)]
 
@@ -59,18 +59,18 @@ def cotangent_march(march: March, rows: tuple | None, active: tuple, held: int, 
     """
 
     def run(rows: tuple | None, platform: str | None) -> Callable:
-        return lambda held, zbar: (march.pull(rows, platform, active)(held, zbar)[1], [])
+        return lambda held, zbar: (march.pull(platform, rows, active)(held, zbar)[1], [])
 
     def anew(rows: tuple | None, platform: str | None) -> Callable:
         def form(held: list, zbar: list) -> tuple[list, list]:
-            xbar = march.back(rows, platform)(held[: march.operands], zbar)[1]
+            xbar = march.back(platform, rows)(held[: march.operands], zbar)[1]
             return [xbar[i] for i in active], []
 
         return form
 
     def pull(rows: tuple | None, platform: str | None) -> Callable:
         def form(held: list, zbar: list, w: list) -> list:
-            back = lambda *moved: march.back(rows, platform)(replaced(held[: march.operands], active, moved), zbar)
+            back = lambda *moved: march.back(platform, rows)(replaced(held[: march.operands], active, moved), zbar)
             zdot, xbar = jax.jvp(back, [held[i] for i in active], w)[1]
             return [*xbar, *zdot]
 
@@ -127,11 +127,11 @@ def _march(
 
     rule = Rule(
         run=lambda batch, platform: form(run, batch, platform),
-        record=lambda batch, platform: lambda moving, still: (*form(run, batch, platform)(moving, still), ()),
+        record=lambda batch, platform, sized: lambda moving, still: (*form(run, batch, platform)(moving, still), ()),
         pull=lambda batch, platform: (
             lambda moving, still, values, rest, kept, bars: form(pull, batch, platform)(moving, still, bars)
         ),
         anew=anew and (lambda batch, platform: form(anew, batch, platform)),
     )
     promise = Promise(*made, march.effects, march.state, march.rows * count(rows))
-    return March(rule, jax.tree.structure(([0] * (n + linear), [0] * (held - n))), n + linear, promise)
+    return March(rule, jax.tree.structure(([0] * (n + linear), [0] * (held - n))), n + linear, promise, march.settings)

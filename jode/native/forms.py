@@ -10,6 +10,8 @@ import jax.core
 import jax.numpy as jnp
 from jax import Array
 
+from jode.native.settings import Settings
+
 
 class Batch(NamedTuple):
     """How many rows, and which operands (a pytree of bools like the operands) have a leading row axis."""
@@ -33,7 +35,8 @@ class Promise(NamedTuple):
 class Rule(NamedTuple):
     """The forms of a march: functions of (batch or None, platform or None) that return functions of the operands.
 
-    run: (moving, still) -> (values, rest). record: the same and what the way back needs, each array led by the rows of a batch.
+    run: (moving, still) -> (values, rest). record: the same and what the way back needs, each array led by the rows of a batch; it
+    is a function of a number `sized` too, and the shapes of what is kept of a row depend on that number alone, not on the batch.
     pull: (moving, still, values, rest, kept, cotangents of values) -> cotangents of moving; of an operand that all rows share it is
     the sum over rows. anew: as `run`, but a function of `moving` alone where `still` holds what was computed from it.
     """
@@ -47,8 +50,9 @@ class Rule(NamedTuple):
 class March:
     """A rule and what is needed to stage it. Its forms are functions of (held, linear) operands, flat."""
 
-    def __init__(self, rule: Rule, treedef: Any, moving: int, promise: Promise) -> None:
+    def __init__(self, rule: Rule, treedef: Any, moving: int, promise: Promise, settings: Settings | None = None) -> None:
         self.rule, self.treedef, self.effects = rule, treedef, promise.effects
+        self.settings = settings or Settings.now()
         self.state, self.rows = promise.state, promise.rows
         self.values, self.rest = jax.tree.leaves(promise.values), jax.tree.leaves(promise.rest)
         self.out = jax.tree.structure((promise.values, promise.rest))
@@ -61,21 +65,21 @@ class March:
     def batch(self, rows: tuple | None) -> Batch | None:
         return None if rows is None else Batch(rows[0], jax.tree.unflatten(self.treedef, rows[1]))
 
-    def run(self, rows: tuple | None, platform: str | None) -> Callable:
+    def run(self, platform: str | None, rows: tuple | None) -> Callable:
         def form(held: Sequence, _: Sequence) -> tuple[list, list]:
             return jax.tree.leaves(self.rule.run(self.batch(rows), platform)(*self.unflatten(held))), []
 
         return form
 
-    def record(self, rows: tuple | None, platform: str | None) -> Callable:
+    def record(self, platform: str | None, rows: tuple | None, sized: int) -> Callable:
         def form(held: Sequence, _: Sequence) -> tuple[list, list]:
-            values, rest, kept = self.rule.record(self.batch(rows), platform)(*self.unflatten(held))
+            values, rest, kept = self.rule.record(self.batch(rows), platform, sized)(*self.unflatten(held))
             leaves, self.kept = jax.tree.flatten(kept)
             return [*jax.tree.leaves((values, rest)), *leaves], []
 
         return form
 
-    def joint(self, rows: tuple | None, platform: str | None, active: tuple) -> Callable:
+    def joint(self, platform: str | None, rows: tuple | None, active: tuple) -> Callable:
         def form(held: Sequence, tangents: Sequence) -> tuple[list, list]:
             run = (self.rule.anew or self.rule.run)(self.batch(rows), platform)
 
@@ -88,15 +92,15 @@ class March:
 
         return form
 
-    def tangent(self, rows: tuple | None, platform: str | None, active: tuple) -> Callable:
+    def tangent(self, platform: str | None, rows: tuple | None, active: tuple) -> Callable:
         """Of (operands, results of `record`) and tangents; it marches anew, so what was recorded is for the transpose."""
 
         def form(held: Sequence, tangents: Sequence) -> tuple[list, list]:
-            return [], self.joint(rows, platform, active)(held[: self.operands], tangents)[1]
+            return [], self.joint(platform, rows, active)(held[: self.operands], tangents)[1]
 
         return form
 
-    def pull(self, rows: tuple | None, platform: str | None, active: tuple) -> Callable:
+    def pull(self, platform: str | None, rows: tuple | None, active: tuple) -> Callable:
         def form(held: Sequence, cotangents: Sequence) -> tuple[list, list]:
             moving, still = self.unflatten(held[: self.operands])
             results = held[self.operands :]
@@ -109,12 +113,12 @@ class March:
 
         return form
 
-    def back(self, rows: tuple | None, platform: str | None) -> Callable:
+    def back(self, platform: str | None, rows: tuple | None) -> Callable:
         """(operands, cotangents) -> (values, cotangents of all that moves): there and back as one function of the operands."""
 
         def form(held: Sequence, cotangents: Sequence) -> tuple[list, list]:
             moving, still = self.unflatten(held)
-            values, rest, kept = self.rule.record(self.batch(rows), platform)(moving, still)
+            values, rest, kept = self.rule.record(self.batch(rows), platform, count(rows))(moving, still)
             bars = jax.tree.unflatten(jax.tree.structure(values), cotangents)
             bars = self.rule.pull(self.batch(rows), platform)(moving, still, values, rest, kept, bars)
             return jax.tree.leaves(values), jax.tree.leaves(bars)
@@ -138,21 +142,26 @@ def replaced(leaves: Sequence, places: Sequence[int], by: Sequence) -> list:
     return out
 
 
-def form_of(march: March, kind: str, rows: tuple | None, over: tuple, active: tuple, platform: str | None) -> Callable:
+def form_of(march: March, kind: str, platform: str | None, over: tuple = (), **params: Any) -> Callable:
     """A form as a function of flat operands; `over` are axes that it is mapped over, each the places of the axis in the held
-    ones.
+    ones. params: its rows, and what its kind has besides.
     """
-    form = getattr(march, kind)(rows, platform, *([active] if kind in LINEAR else []))
+    form, active = getattr(march, kind)(platform, **params), params.get("active", ())
     for axes in over:
         form = jax.vmap(form, (list(axes), 0), (0 if any(a is not None for a in axes) else None, 0))
 
     def flat(*operands: Any) -> list:
-        given = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in operands]
+        given = arrays(operands)
         held = len(over[0]) if over else held_of(march, kind, given, active)
         out, linear = form(list(given[:held]), list(given[held:]))
         return [*out, *linear]
 
     return flat
+
+
+def arrays(operands: Sequence) -> list:
+    """The operands as arrays: numbers that are known where a program is traced may be literals of it."""
+    return [x if isinstance(x, jax.Array) else jnp.asarray(x, jax.typeof(x).dtype) for x in operands]
 
 
 LINEAR = ("joint", "tangent", "pull")

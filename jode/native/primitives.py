@@ -13,22 +13,25 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import mlir
 
 from jode.native.forms import LINEAR, March, count, form_of, held_of, without
+from jode.native.settings import in_settings_of_its_march
 from jode.native.whole import can_be_whole, lower_whole
 from jode.tuning import one_function
 
 
-def stage(march: March, kind: str, rows: tuple | None, over: tuple, active: tuple, platform: str | None, avals: Sequence) -> Any:
-    key = (kind, rows, over, active, platform, tuple(avals))
+def stage(march: March, kind: str, platform: str | None, avals: Sequence, **params: Any) -> Any:
+    key = (kind, platform, tuple(avals), *params.items())
     if key not in march.staged:
         structs = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in avals]
-        march.staged[key] = jax.make_jaxpr(form_of(march, kind, rows, over, active, platform))(*structs)
+        march.staged[key] = jax.make_jaxpr(form_of(march, kind, platform, **params))(*structs)
     return march.staged[key]
 
 
-def _abstract(kind: str, *avals: Any, march: March, rows: tuple | None, over: tuple = (), active: tuple = ()) -> tuple:
+def _abstract(
+    kind: str, *avals: Any, march: March, rows: tuple | None, over: tuple = (), active: tuple = (), **params: Any
+) -> tuple:
     """What comes out: promised, but for what is recorded."""
     if kind == "record":
-        return stage(march, kind, rows, (), (), None, avals).out_avals, march.effects
+        return stage(march, kind, None, avals, rows=rows, **params).out_avals, march.effects
     row = () if rows is None else (rows[0],)
     sizes = []
     held = held_of(march, kind, avals, active)
@@ -48,14 +51,13 @@ def _abstract(kind: str, *avals: Any, march: March, rows: tuple | None, over: tu
     return out, march.effects
 
 
-def _evaluate(kind: str, *operands: Any, march: March, rows: tuple | None, over: tuple = (), active: tuple = ()) -> list:
+def _evaluate(kind: str, *operands: Any, march: March, **params: Any) -> list:
     """Outside `jax.jit`: compiled all the same, once for each form, unless that is switched off."""
     if jax.config.jax_disable_jit:  # pyright: ignore
-        return form_of(march, kind, rows, over, active, jax.default_backend())(*operands)
-    key = (kind, rows, over, active)
+        return form_of(march, kind, jax.default_backend(), **params)(*operands)
+    key = (kind, *params.items())
     if key not in march.compiled:
-        params = {"march": march, "rows": rows, **({"over": over, "active": active} if kind in LINEAR else {})}
-        march.compiled[key] = jax.jit(partial(PRIMITIVES[kind].bind, **params))
+        march.compiled[key] = jax.jit(partial(PRIMITIVES[kind].bind, march=march, **params))
     return march.compiled[key](*operands)
 
 
@@ -66,23 +68,41 @@ def _lower(
     *operands: Any,
     march: March,
     rows: tuple | None,
-    over: tuple = (),
-    active: tuple = (),
+    **params: Any,
 ) -> Any:
-    staged = stage(march, kind, rows, over, active, None if kind == "record" else platform, ctx.avals_in)
-    directions = math.prod(ctx.avals_in[-1].shape[: len(over)])
+    staged = stage(march, kind, None if kind == "record" else platform, ctx.avals_in, rows=rows, **params)
+    directions = math.prod(ctx.avals_in[-1].shape[: len(params.get("over", ()))])
     backwards = kind in ("record", "pull")
     if one_function(platform, march.state, march.rows * count(rows) * directions, backwards) and can_be_whole(ctx, staged):
         return lower_whole(ctx, staged, operands)
     return mlir.lower_fun(jaxpr_as_fun(staged), multiple_results=True)(ctx, *operands)
 
 
+class _Found:
+    """How many rows were found."""
+
+    rows = 1
+
+
+def live(operands: Sequence) -> int:
+    """Of how many rows the operands are in the `jax.vmap`s around, as far as they are being traced."""
+    found = _Found()
+    rows_p.bind(*operands, found=found)
+    return found.rows
+
+
+rows_p = Primitive("march_rows")  # computes nothing: its rule under `vmap` counts
+rows_p.multiple_results = True
+rows_p.def_impl(lambda *_, found: [])
+rows_p.def_abstract_eval(lambda *_, found: [])
+mlir.register_lowering(rows_p, lambda ctx, *_, found: [])
+
 PRIMITIVES = {kind: Primitive(f"march_{kind}") for kind in ("run", "record", *LINEAR)}
 run_p, record_p, joint_p, tangent_p, pull_p = PRIMITIVES.values()
 for _kind, _p in PRIMITIVES.items():
     _p.multiple_results = True
-    _p.def_impl(partial(_evaluate, _kind))
-    _p.def_effectful_abstract_eval(partial(_abstract, _kind))
+    _p.def_impl(in_settings_of_its_march(partial(_evaluate, _kind)))
+    _p.def_effectful_abstract_eval(in_settings_of_its_march(partial(_abstract, _kind)))
     for _platform in ("cpu", "cuda", "rocm", "tpu"):
-        mlir.register_lowering(_p, partial(_lower, _kind, _platform), platform=_platform)
-    mlir.register_lowering(_p, partial(_lower, _kind, None))
+        mlir.register_lowering(_p, in_settings_of_its_march(partial(_lower, _kind, _platform)), platform=_platform)
+    mlir.register_lowering(_p, in_settings_of_its_march(partial(_lower, _kind, None)))
