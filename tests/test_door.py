@@ -1,5 +1,8 @@
 """Wrong use fails when traced, names the argument, and says what to do."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -133,3 +136,120 @@ def test_a_solution_has_the_dtypes_and_shapes_of_its_annotations(solver):
         for value in (sol, sol.stats):
             for name, note in type(value).__annotations__.items():
                 assert isinstance(getattr(value, name), eval(getattr(note, "__forward_arg__", note), names)), name
+
+
+class Rate:
+    """A field that is an object."""
+
+    k = 1.0
+    __slots__ = ("__dict__", "slot")
+
+    def f(self, t, y, args):
+        return -self.k * y
+
+    def by_slot(self, t, y, args):
+        return -self.slot * y
+
+    def __call__(self, t, y, args):
+        return self.f(t, y, args)
+
+
+RATE, TABLE, ARRAY = 1.0, {"k": [1.0]}, np.ones(1)
+
+
+def by_global(t, y, args):
+    return -RATE * y
+
+
+def by_default(t, y, args, k=1.0):
+    return -k * y
+
+
+def changes():
+    """Fields of rate 1, each with what makes its rate 2."""
+    rate, other, owner, sloted = Rate(), Rate(), Rate(), Rate()
+    sloted.slot = 1.0
+    k = 1.0
+
+    def closed(t, y, args):
+        return -k * y
+
+    def bind():
+        nonlocal k
+        k = 2.0
+
+    yield "method", rate.f, lambda: setattr(rate, "k", 2.0)
+    yield "callable object", other, lambda: setattr(other, "k", 2.0)
+    yield "slot", sloted.by_slot, lambda: setattr(sloted, "slot", 2.0)
+    yield "method of a class", owner, lambda: setattr(owner, "f", lambda t, y, args: -2.0 * y)
+    yield "closure", closed, bind
+    yield "global", by_global, lambda: globals().update(RATE=2.0)
+    yield "contents", lambda t, y, args: -TABLE["k"][0] * y, lambda: TABLE["k"].__setitem__(0, 2.0)
+    yield "default", by_default, lambda: setattr(by_default, "__defaults__", (2.0,))
+    yield "array of NumPy", lambda t, y, args: -ARRAY[0] * y, lambda: ARRAY.fill(2.0)
+    yield "partial", functools.partial(lambda table, t, y, args: -table["k"] * y, table := {"k": 1.0}), lambda: table.update(k=2.0)
+
+
+def test_a_field_that_changed_is_not_solved_as_it_was():
+    solver = jode.Fixed(jode.rk4, 8)
+    at = lambda f: float(jode.odeint(f, 1.0, TS, solver=solver)[-1])
+    for name, f, change in changes():
+        assert at(f) == pytest.approx(np.exp(-1.0), abs=1e-4), name
+        change()
+        assert at(f) == pytest.approx(np.exp(-2.0), abs=2e-3), name
+
+
+def test_a_function_of_an_event_that_changed_too():
+    level = 0.5
+
+    def g(t, y, args):
+        return y - level
+
+    when = lambda: float(jode.solve(lambda t, y, args: -y, 1.0, TS, observe=jode.Event(g)).observed.t)
+    assert when() == pytest.approx(np.log(2.0), abs=1e-5)
+    level = 0.8
+    assert when() == pytest.approx(-np.log(0.8), abs=1e-5)
+
+
+def dataclass_like(cls):
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+@dataclass_like
+class Half(jode.Fixed):
+    """Steps of half the width."""
+
+    def span(self, march, problem, a, b, k):
+        t, h = super().span(march, problem, a, b, k)
+        return t, h / 2
+
+
+@dataclass_like
+class Decay:
+    k: float
+
+    def rate(self):
+        return self.k
+
+
+@dataclass_like
+class Twice(Decay):
+    def rate(self):
+        return 2 * self.k
+
+
+def test_values_of_two_types_with_the_same_fields_are_two_values():
+    """JAX takes treedefs of two registered dataclasses with the same fields for equal."""
+    at = lambda of, solver=jode.Fixed(jode.rk4, 8): float(
+        jode.odeint(lambda t, y, args: -args.rate() * y, 1.0, TS, of, solver=solver)[-1]
+    )
+    for _ in range(2):
+        assert at(Decay(1.0)) == pytest.approx(np.exp(-1.0), abs=1e-4)
+        assert at(Twice(1.0)) == pytest.approx(np.exp(-2.0), abs=2e-3)
+        assert at(Decay(1.0), Half(jode.rk4, 8)) == pytest.approx(np.exp(-0.5), abs=1e-4)
+    state = lambda of: jode.odeint(
+        lambda t, y, args: jax.tree.map(lambda x: -y.rate() * x, y), of, TS, solver=jode.Fixed(jode.rk4, 8)
+    ).k[-1]
+    first, second = state(Decay(jnp.array(1.0))), state(Twice(jnp.array(1.0)))
+    assert first == pytest.approx(1 / 2, abs=1e-4)
+    assert second == pytest.approx(1 / 3, abs=1e-3)
