@@ -52,8 +52,11 @@ def _abstract(
 
 
 def _evaluate(kind: str, *operands: Any, march: March, **params: Any) -> list:
-    """Outside `jax.jit`: compiled all the same, once for each form, unless that is switched off."""
-    if jax.config.jax_disable_jit:  # pyright: ignore
+    """Outside `jax.jit`: compiled all the same, once for each form, unless that is switched off, or JAX looks for NaNs and infinities
+    and wants to see operations one by one.
+    """
+    config: Any = jax.config
+    if config.jax_disable_jit or config.jax_debug_nans or config.jax_debug_infs:
         return form_of(march, kind, jax.default_backend(), **params)(*operands)
     key = (kind, *params.items())
     if key not in march.compiled:
