@@ -52,7 +52,8 @@ def close(
     given, static = partition(args, jax.Array)
     time = ts.dtype
     lead = [m for x, m in zip(jax.tree.leaves(args), leading, strict=True) if isinstance(x, jax.Array)]
-    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type)  # a Python number is one inside f too
+    weak = lambda x: getattr(jax.typeof(x), "weak_type", False)  # a Python number is one inside f too
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=weak(x))
     example = [jax.eval_shape(lambda x: x[0], x) if m else shape(x) for x, m in zip(given, lead, strict=True)]
     y = [jax.ShapeDtypeStruct(s, d) for s, d in zip(layout.shapes, layout.dtypes, strict=True)]
     buckets: tuple[list, list, list, list] = ([], [], [], [])

@@ -24,6 +24,7 @@ from jode.dependencies import dependencies, types_in
 from jode.field import close, jump_of
 from jode.march import Plan, Problem
 from jode.method import Method
+from jode.native import live
 from jode.observe import Observed, observing
 from jode.tree import Layout, hashable, is_inexact, merge, nan_unless, partition, widest
 
@@ -68,9 +69,12 @@ def solve(
     """Solve dy/dt = f(t, y, args), y(ts[0]) = y0, and return y at every save time.
 
     Args:
-        f: the vector field, pure, for one trajectory: f(t, y, args) has the structure and shapes of y. Like a function given
-            to `jax.jit` it is traced once and must not change afterwards. Arrays it closes over get gradients. The order is time,
-            state, args. Where the state is a scalar no check can tell f(y, t) from f(t, y); this one tells:
+        f: the vector field, pure, for one trajectory: f(t, y, args) has the structure and shapes of y. It is traced once, and again
+            where something that it depends on was bound anew: what it closes over, its defaults, the globals and attributes that
+            its code names, the contents of lists and dictionaries among them, and those of arrays of NumPy up to 4 kB. Not seen are
+            larger arrays of NumPy that were changed in place, attributes that are asked for by a string, and changes after a
+            `jax.jit` of yours around the solve was traced. Arrays it closes over get gradients. The order is time, state, args.
+            Where the state is a scalar no check can tell f(y, t) from f(t, y); this one tells:
             `jode.odeint(lambda t, y, args: f(t, y, args) * 0 + t, 0.0, (0.0, 2.0))[-1]` is 2 if t is time.
         y0: the initial state, any pytree of floating (16 bits or more) or complex arrays; its dtypes are kept.
         ts: save times, at least two, increasing or decreasing; ts[0] is the initial time. An array of times keeps its dtype, also
@@ -121,7 +125,7 @@ def solve(
     key = (key, types_in(jax.tree.structure((y0, f, args, solver, jumps))))
     run = partial(_solve_jitted, key=key) if hashable((static, adjoint)) and not traced else _solve
     checked = all(concrete(x) for x in (ts, stops, jumps and jumps[0], *jax.tree.leaves(solver)))
-    return run(y0, ts, dynamic, static, adjoint, checked)
+    return run(y0, ts, dynamic, static, adjoint, (checked, live((y0, ts, dynamic))))
 
 
 def odeint(
@@ -331,7 +335,9 @@ def _check_stops(solver: Solver, adjoint: Adjoint) -> None:
         raise ValueError(f"{type(adjoint).__name__} solves an ODE without stops or jumps backwards: use jode.Backprop")
 
 
-def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, checked: bool) -> Solution:
+def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, known: tuple[bool, int]) -> Solution:
+    """known: whether all numbers were checked at the door, and of how many rows the maps around are."""
+    checked, rows = known
     f, args, solver, asked, looks, stops, jumps = merge(dynamic, static)
     y, ts, beside = y0, jnp.asarray(ts), bool(asked.beside)
     if beside:
@@ -368,7 +374,7 @@ def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, checked: 
     watches = asked.placed(outs, saves, most, method)
     if beside:
         method = Observed(method, layout.leading(len(jax.tree.leaves(y))))
-    plan = Plan(closed, replace(solver.static, method=method), layout, saves, ts.dtype, steps, weights, watches)
+    plan = Plan(closed, replace(solver.static, method=method), layout, saves, ts.dtype, steps, weights, watches, rows)
     outcome = adjoint.solve(plan, Problem(ts, packed, params, solver.numbers))
     stats, status, reached = outcome.stats, outcome.status, outcome.reached
     if valid is not None:
@@ -384,6 +390,6 @@ def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, checked: 
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5), static_argnames=("key",), inline=True)
-def _solve_jitted(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, checked: bool, *, key: Any) -> Solution:
+def _solve_jitted(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, known: tuple, *, key: Any) -> Solution:
     """`_solve`, compiled; key: what its functions depend on besides, as it is now."""
-    return _solve(y0, ts, dynamic, static, adjoint, checked)
+    return _solve(y0, ts, dynamic, static, adjoint, known)

@@ -92,6 +92,15 @@ def test_control_flow_of_any_number_of_rows(rows, program):
     mapped_is_looped(value if program in LOOPS else jax.grad(value), rows)
 
 
+@pytest.mark.parametrize(
+    "gradient", [lambda f: jax.vmap(jax.grad(f, 1)), lambda f: jax.grad(lambda y, a: jnp.sum(jax.vmap(f)(y, a)), 1)]
+)
+def test_tables_are_those_of_the_batch_where_it_is_known(gradient):
+    """4,096 steps of one row fit a small table, those of a thousand rows do not."""
+    value = lambda y, a: jnp.sum(end("adaptive")(y, a))
+    assert "4096" not in jax.jit(gradient(value)).lower(*rows_of(1000)).as_text().replace("dense<4096>", "")
+
+
 def test_second_derivatives_inside_control_flow():
     solve = end("few states")
     value = lambda y, a: jnp.sum(PROGRAMS["scan"](solve, y, a) ** 2)

@@ -43,6 +43,7 @@ class Plan:
     steps: int | None  # steps between save times; None where that number is data
     weights: int  # how many numbers the parameters with gradients are
     watches: tuple[Table, ...] = ()  # observers inside the loop
+    live: int = 1  # rows of the maps around the solve, where it is traced
 
     @property
     def promise(self) -> Promise:
@@ -53,7 +54,8 @@ class Plan:
         stats = Stats(*[one] * len(Stats._fields))
         observed = tuple(tuple(shape((w.capacity, *x.shape), x.dtype) for x in w.shapes(self)) for w in self.watches)
         rest = shape((self.saves,), bool), stats, one, shape((), self.time)
-        return Promise((ys, observed), rest, self.closed.effects, self.layout.size * self.solver.method.parts)
+        size = self.layout.size * self.solver.method.parts
+        return Promise((ys, observed), rest, self.closed.effects, size, live=self.live)
 
     @property
     def degree(self) -> int:

@@ -20,9 +20,9 @@ import jax
 
 from jode.native import batching, derivatives  # noqa: F401  they register their rules
 from jode.native.forms import Batch, March, Promise, Rule
-from jode.native.primitives import run_p
+from jode.native.primitives import live, run_p
 
-__all__ = ["Batch", "Promise", "Rule", "native"]
+__all__ = ["Batch", "Promise", "Rule", "live", "native"]
 
 
 def native(rule: Rule, moving: Any, still: Any, promise: Promise) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ from jax.interpreters import partial_eval as pe
 
 from jode.native.derived import cotangent_march, tangent_march
 from jode.native.forms import LINEAR, March, arrays, count, held_of, replaced, without
-from jode.native.primitives import PRIMITIVES, joint_p, live, pull_p, record_p, rows_p, run_p, tangent_p
+from jode.native.primitives import PRIMITIVES, joint_p, pull_p, record_p, rows_p, run_p, tangent_p
 from jode.native.settings import in_settings_of_its_march
 
 
@@ -110,9 +110,9 @@ def _split_joint(trace: Any, *tracers: Any, march: March, rows: tuple | None, ov
     held, moved = tracers[: march.operands], tracers[march.operands :]
     if over or all(t.is_known() for t in moved) or not all(t.is_known() for t in held):
         return trace.default_process_primitive(joint_p, tracers, params)
-    known = [t.pval.get_known() for t in held]
     # What is kept of a row has shapes that no later `vmap` changes: JAX asks that of what one program hands to another.
-    results = record_p.bind(*known, march=march, rows=rows, sized=count(rows) * live(known))
+    sized = max(march.live, count(rows))
+    results = record_p.bind(*(t.pval.get_known() for t in held), march=march, rows=rows, sized=sized)
     known = [trace.new_const(x) for x in results]
     dots = trace.default_process_primitive(tangent_p, [*held, *known, *moved], params)
     return [*known[: len(march.values) + len(march.rest)], *dots]

@@ -22,7 +22,7 @@ class Batch(NamedTuple):
 
 class Promise(NamedTuple):
     """What a march returns for one trajectory, pytrees of shapes and dtypes: what can be differentiated, and the rest; the effects
-    of running it, how many numbers its state is, and of how many trajectories it is.
+    of running it, how many numbers its state is, and of how many trajectories it is. live: of how many rows the maps around are.
     """
 
     values: Any
@@ -30,6 +30,7 @@ class Promise(NamedTuple):
     effects: Any
     state: int
     rows: int = 1
+    live: int = 1
 
 
 class Rule(NamedTuple):
@@ -53,7 +54,7 @@ class March:
     def __init__(self, rule: Rule, treedef: Any, moving: int, promise: Promise, settings: Settings | None = None) -> None:
         self.rule, self.treedef, self.effects = rule, treedef, promise.effects
         self.settings = settings or Settings.now()
-        self.state, self.rows = promise.state, promise.rows
+        self.state, self.rows, self.live = promise.state, promise.rows, promise.live
         self.values, self.rest = jax.tree.leaves(promise.values), jax.tree.leaves(promise.rest)
         self.out = jax.tree.structure((promise.values, promise.rest))
         self.operands, self.moving = treedef.num_leaves, moving

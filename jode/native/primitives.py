@@ -52,8 +52,8 @@ def _abstract(
 
 
 def _evaluate(kind: str, *operands: Any, march: March, **params: Any) -> list:
-    """Outside `jax.jit`: compiled all the same, once for each form, unless that is switched off, or JAX looks for NaNs and infinities
-    and wants to see operations one by one.
+    """Outside `jax.jit`: compiled all the same, once for each form, unless that is switched off, or JAX looks for NaNs and
+    infinities and wants to see operations one by one.
     """
     config: Any = jax.config
     if config.jax_disable_jit or config.jax_debug_nans or config.jax_debug_infs:
@@ -87,10 +87,11 @@ class _Found:
     rows = 1
 
 
-def live(operands: Sequence) -> int:
-    """Of how many rows the operands are in the `jax.vmap`s around, as far as they are being traced."""
-    found = _Found()
-    rows_p.bind(*operands, found=found)
+def live(operands: Any) -> int:
+    """Of how many rows the operands, a pytree, are in the `jax.vmap`s around, as far as these are being traced now."""
+    found, traced = _Found(), [x for x in jax.tree.leaves(operands) if isinstance(x, jax.core.Tracer)]
+    if traced:
+        rows_p.bind(*traced, found=found)
     return found.rows
 
 
