@@ -52,9 +52,7 @@ def close(
     given, static = partition(args, jax.Array)
     time = ts.dtype
     lead = [m for x, m in zip(jax.tree.leaves(args), leading, strict=True) if isinstance(x, jax.Array)]
-    weak = lambda x: getattr(jax.typeof(x), "weak_type", False)  # a Python number is one inside f too
-    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=weak(x))
-    example = [jax.eval_shape(lambda x: x[0], x) if m else shape(x) for x, m in zip(given, lead, strict=True)]
+    example = [jax.eval_shape(lambda x: x[0], x) if m else _shape(x) for x, m in zip(given, lead, strict=True)]
     y = [jax.ShapeDtypeStruct(s, d) for s, d in zip(layout.shapes, layout.dtypes, strict=True)]
     buckets: tuple[list, list, list, list] = ([], [], [], [])
 
@@ -121,6 +119,11 @@ def close(
     optional = (kept if observing else None, jumped if jump else None, jacobian)
     closed = Closed(field, *optional, functions, jaxpr.effects, length(jaxpr))
     return closed, Params(*buckets), outs
+
+
+def _shape(x: Array) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an argument; what was a Python number is one inside f too."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(jax.typeof(x), "weak_type", False))
 
 
 def _by_components(jaxpr: Any) -> Callable:

@@ -28,8 +28,8 @@ class Backprop(Discrete):
     `checkpoints=k` stores k of them and recomputes the others from those, placed by the binomial schedule of Griewank &
     Walther 2000: n ≤ C(k + r, r) steps are each taken again at most r times. The default stores every state where that
     takes less than 64 MiB for the whole batch, and otherwise as many as fit there (16 to 1,000). Where the gradient is traced
-    before a `jax.vmap` (in a `jax.jit`, `scan` or `cond` that is mapped) a row counts for the whole batch. The stages of each step are
-    recomputed and differentiated, so a gradient costs some three to four times the solve.
+    before a `jax.vmap` (in a `jax.jit`, `scan` or `cond` that is mapped) a row counts for the whole batch. The stages of each step
+    are computed again and differentiated, so a gradient costs some three to four times the solve.
 
     All derivatives of all orders are exact in this sense, in every nesting of modes; each order but the first takes the march
     again, on the way of its checkpoints.
