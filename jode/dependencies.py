@@ -55,7 +55,7 @@ def types_in(treedef: Any) -> tuple:
     return () if node is None else (node[0], *map(types_in, treedef.children()))
 
 
-def dependencies(*roots: Any) -> tuple[tuple, bool]:
+def dependencies(roots: Iterable[Any]) -> tuple[tuple, bool]:
     """A key of what some functions and objects depend on, and whether there are tracers in it: such a program is not cached."""
     walk = _Walk()
     for x in roots:
@@ -108,12 +108,13 @@ class _Walk:
         for kinds, contents in CONTENTS:
             if isinstance(x, kinds):
                 return contents(x)
-        if not _fixed(getattr(x, "__name__" if isinstance(x, ModuleType) else "__module__", None)):
+        fixed = _fixed(getattr(x, "__name__" if isinstance(x, ModuleType) else "__module__", None))
+        if not fixed:
             self.owners.append((x, set()))
         if isinstance(x, (ModuleType, type)):
             return ()
-        leaves = [y for y in jax.tree.leaves(x) if isinstance(y, jax.core.Tracer)]
-        return (*leaves, x.__wrapped__) if hasattr(x, "__wrapped__") else leaves
+        held = [y for y in getattr(x, "__dict__", {}).values() if callable(y)] if fixed else ()
+        return *held, *(y for y in jax.tree.leaves(x) if isinstance(y, jax.core.Tracer)), getattr(x, "__wrapped__", None)
 
     def _of_function(self, f: FunctionType) -> Iterator[Any]:
         for cell in f.__closure__ or ():
