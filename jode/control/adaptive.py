@@ -223,6 +223,9 @@ class Adaptive(Solver):
         """Evaluations at the start: one for the slope, and one more for the first step's width."""
         return 2 if self.first_step is None else 1
 
+    def rests(self, march: Any, problem: Problem, seen: Any) -> Array:
+        return (seen.t == march.save_times(problem)[-1]) | march.interrupted(problem, seen.node)
+
     def report(self, march: Any, problem: Problem, c: Any, good: Array, slope: State) -> tuple[Array, Array, Array, Array]:
         rows, p = march.rows, c.control
         unmoved = (p.accepted == 0) & ~rows.finite(slope)
@@ -260,13 +263,14 @@ class Adaptive(Solver):
 
 
 def reach(t1: Array, t: Array, h: Array) -> Array:
-    """The next step from t: cut at t1, and 0 where it is too small to move t or not a number.
+    """The next step from t: cut at t1, or ending there where it comes so near that no other would follow, and 0 where it is too
+    small to move t or not a number.
 
     It ends in a representable time, and the choice of that time is not differentiated.
     """
     left, h = t1 - t, jax.lax.stop_gradient(h)
-    last = jnp.abs(h) >= jnp.abs(left)
     moves = jnp.abs(h) > _resolution(t)
+    last = jnp.abs(h) + jnp.where(moves, _resolution(t), 0) >= jnp.abs(left)
     return jnp.where(last, left, jnp.where(moves, jax.lax.stop_gradient(t + h) - t, 0))
 
 
