@@ -70,8 +70,6 @@ class Asked:
         """
         placed = []
         for given, out in zip(self.inside, outs, strict=True):
-            if out is not None and not all(jnp.issubdtype(d, jnp.inexact) for d in out.dtypes):
-                raise TypeError(f"the function of an observer must return floating values, got {', '.join(map(str, out.dtypes))}")
             w = given.sized(most, method)
             placed.append(w if out is None else w.told(out))
             if isinstance(w, AtTimes):

@@ -180,18 +180,24 @@ class Adaptive(Solver):
         t_new = jnp.where(h == t1 - c.t, t1, c.t + h)
         norm = partial(scaled_norm, self.norm, march.rows, march.method.measured, problem.numbers)
         e = jax.lax.stop_gradient(_error(march.method, norm, h, s, step))
-        accept = active & (e <= 1)
+        accept = (active | self._stands(march, problem, c)) & (e <= 1)
         t = jnp.where(accept, t_new, c.t)
         errors = (jnp.maximum(e, 1e-4).astype(h.dtype), *c.errors)
         errors = tuple(jnp.where(accept, a, b) for a, b in zip(errors, c.errors, strict=False))
         h = reach(t1, t, _bounded(problem, h * self._factor(e, c.errors).astype(h.dtype)))
-        accepted, tried = c.accepted + accept.astype(jnp.int32), c.tried + active.astype(jnp.int32)
+        accepted, tried = c.accepted + (accept & active).astype(jnp.int32), c.tried + active.astype(jnp.int32)
         c = c._replace(t=t, h=h, errors=errors, accepted=accepted, tried=tried, loops=c.loops + 1)
         return accept, self.judged(march, problem, c, accept)
 
     def target(self, march: Any, problem: Problem, c: Any) -> Array:
         """The time that the next step must not pass."""
         return march.save_times(problem)[-1]
+
+    def _stands(self, march: Any, problem: Problem, c: Any) -> Any:
+        """Rows whose solve goes over no time: to observers they take a first step that does not move. It is not counted."""
+        if not march.plan.watches:
+            return False
+        return (c.loops == 0) & (c.h == 0) & (c.t == march.save_times(problem)[-1])
 
     def halted(self, carry: Any, rows: Array) -> Any:
         return carry._replace(h=jnp.where(rows, 0, carry.h))
@@ -205,7 +211,10 @@ class Adaptive(Solver):
         return c
 
     def drive(self, march: Any, problem: Problem, loop: Any, c: Any) -> tuple[Any, Any]:
-        return loop.until_due(partial(self.running, few=march.few), c), None
+        running = partial(self.running, few=march.few)
+        if march.plan.watches:
+            return loop.until_due(lambda c: (c.loops == 0) | running(c), c), None
+        return loop.until_due(running, c), None
 
     def may_stand(self, march: Any, problem: Problem) -> bool:
         return march.rows.size is not None
@@ -222,6 +231,9 @@ class Adaptive(Solver):
     def nfe_start(self) -> int:
         """Evaluations at the start: one for the slope, and one more for the first step's width."""
         return 2 if self.first_step is None else 1
+
+    def rests(self, march: Any, problem: Problem, seen: Any) -> Array:
+        return (seen.t == march.save_times(problem)[-1]) | march.interrupted(problem, seen.node)
 
     def report(self, march: Any, problem: Problem, c: Any, good: Array, slope: State) -> tuple[Array, Array, Array, Array]:
         rows, p = march.rows, c.control
@@ -245,7 +257,12 @@ class Adaptive(Solver):
             return (0, march.plan.saves - 1), lambda a, b: (start, end - start)
         moved = end != start
         first, last = moved & (left == 1), moved & (left == grid.accepted) & grid.arrived
-        return (0, march.plan.saves - 1), lambda a, b: (t := jnp.where(first, a, start), jnp.where(last, b, end) - t)
+        stands = (i == 0) & (grid.accepted == 0)  # where no step moved, what is seen at the start moves with it
+
+        def span(a: Array, b: Array) -> tuple[Array, Array]:
+            return jnp.where(first | stands, a, start), jnp.where(last, b, end) - jnp.where(first, a, start)
+
+        return (0, march.plan.saves - 1), span
 
     def _factor(self, e: Array, memory: tuple[Array, ...]) -> Array:
         """What the next step is multiplied by; a trial that left the domain (NaN) shrinks as far as allowed."""
@@ -260,13 +277,14 @@ class Adaptive(Solver):
 
 
 def reach(t1: Array, t: Array, h: Array) -> Array:
-    """The next step from t: cut at t1, and 0 where it is too small to move t or not a number.
+    """The next step from t: cut at t1, or ending there where it comes so near that no other would follow, and 0 where it is too
+    small to move t or not a number.
 
     It ends in a representable time, and the choice of that time is not differentiated.
     """
     left, h = t1 - t, jax.lax.stop_gradient(h)
-    last = jnp.abs(h) >= jnp.abs(left)
     moves = jnp.abs(h) > _resolution(t)
+    last = jnp.abs(h) + jnp.where(moves, _resolution(t), 0) >= jnp.abs(left)
     return jnp.where(last, left, jnp.where(moves, jax.lax.stop_gradient(t + h) - t, 0))
 
 

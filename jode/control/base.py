@@ -159,6 +159,10 @@ class Solver:
         """
         raise NotImplementedError
 
+    def rests(self, march: Any, problem: Problem, seen: Any) -> Array:
+        """Rows that come, by the step seen, to a time where nothing smooth goes on: the last save time, a stop or a jump."""
+        raise NotImplementedError
+
     def bound(self, march: Any, problem: Problem) -> Any:
         """Steps between save times, of a solver that lands; the largest of the rows' where each has its own."""
         raise NotImplementedError

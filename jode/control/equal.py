@@ -72,6 +72,12 @@ class Equal(Solver):
     def may_stand(self, march: Any, problem: Problem) -> bool:
         return jnp.ndim(self.count(march, problem)) > 0
 
+    def rests(self, march: Any, problem: Problem, seen: Any) -> Array:
+        bound, i = self.bound(march, problem), seen.slot
+        j = jnp.asarray(i // bound + 1, jnp.int32)
+        last = (j == march.plan.saves - 1) | march.interrupted(problem, j)
+        return march.rows.spread(last & (i % bound == self.count(march, problem) - 1))
+
     def report(self, march: Any, problem: Problem, c: Any, good: Array, slope: Any) -> tuple[Array, Array, Array, Array]:
         status = jnp.where(good[-1], int(Status.success), int(Status.nonfinite_state)).astype(jnp.int32)
         last = jnp.maximum(jnp.sum(good, axis=0, dtype=jnp.int32) - 1, 0)  # what is not finite stays so

@@ -17,6 +17,7 @@ from jode.march.values import Carry, Kept, Outcome, Plan, Problem, problem_of
 from jode.method import Method
 from jode.native import Batch
 from jode.observe import Interpolated, Record, Recorded, Seen, Watch
+from jode.observe.base import rounding
 from jode.observe.record import chapter_start, node_of
 from jode.observe.saves import moving_at_start
 from jode.rows import Rows
@@ -251,16 +252,18 @@ class March:
         end = self.end(problem, outcome.observed)
         if end is None:
             return outcome
-        sign = direction(self.save_times(problem))
-        good = jax.vmap(lambda t, good: good & ~(sign * (t - end) > 0))(self.save_times(problem), outcome.good)
-        over = ~jnp.isnan(end)
-        observed = tuple(w.ended(self, problem, x, end) for w, x in zip(self.plan.watches, outcome.observed, strict=True))
+        ts = self.save_times(problem)
+        sign, over = direction(ts), ~jnp.isnan(end)
+        last = end + sign * rounding(self.method, ts)  # times that are the event's to rounding are before it
+        good = jax.vmap(lambda t, good: good & ~(sign * (t - last) > 0))(ts, outcome.good)
+        observed = tuple(w.ended(self, problem, x, last) for w, x in zip(self.plan.watches, outcome.observed, strict=True))
+        saved = jnp.max(jax.vmap(lambda t: jnp.where(sign * (t - last) > 0, sign * ts[0], sign * t))(ts), axis=0)
         return outcome._replace(
             ys=tuple(nan_unless(rows.over_time(good), x) for x in outcome.ys),
             observed=observed,
             good=good,
             status=jnp.where(over, int(Status.event), outcome.status).astype(jnp.int32),
-            reached=jnp.where(over, end, outcome.reached),
+            reached=jnp.where(over, sign * jnp.maximum(sign * end, saved), outcome.reached),
         )
 
     def _whole(self, watch: Any, tables: State, status: Array) -> State:
@@ -342,6 +345,10 @@ class March:
         """What happens at ts[j], a column; nothing where j is -1. Marks are those of the last of ts."""
         at = self._among_marks(problem, j)
         return jnp.where(at >= 0, self.rows.pick(problem.numbers["marks"], jnp.maximum(at, 0)), -1)
+
+    def interrupted(self, problem: Problem, j: Any) -> Any:
+        """Whether something happens at ts[j]: f jumps, or the state."""
+        return self.mark(problem, j) >= 0 if self.solver.marked else False
 
     def _among_marks(self, problem: Problem, j: Array) -> Array:
         """The place among the marks of ts[j]."""

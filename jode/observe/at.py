@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jode.control.adaptive import direction
-from jode.observe.base import Bars, Seen
+from jode.observe.base import Bars, Seen, slack, within
 from jode.observe.table import Filled, Table
 from jode.tree import State, add, increment, increment_stacked
 from jode.window import Problem
@@ -59,7 +59,8 @@ class AtTimes(Table):
         n = ts.shape[0]
         reached = rows.spread(window.t + window.h if seen.t is None else seen.t)
         accept = rows.spread(jnp.asarray(True if seen.accept is None else seen.accept))
-        pending = lambda j: accept & (j < n) & (sign * (rows.pick(ts, jnp.minimum(j, n - 1)) - reached) <= 0)
+        behind = slack(march, march.save_times(problem))
+        pending = lambda j: accept & (j < n) & (sign * (rows.pick(ts, jnp.minimum(j, n - 1)) - reached) <= behind)
         ks = march.method.refined(window, seen.s, seen.slopes)
 
         def one(carry: Filled) -> Filled:
@@ -92,11 +93,12 @@ class AtTimes(Table):
         method, rows, window, ts = march.method, march.rows, seen.window, self.times(problem)
         t0, sign = problem.ts[0], direction(march.save_times(problem))
         a, h, params = window.t, window.h, window.params
+        behind = slack(march, march.save_times(problem))
         first = (a == t0) & (seen.slot == 0)  # a later step may start there too, after a jump
 
         def pending(n: Array) -> Array:
             t = rows.pick(ts, jnp.maximum(n - 1, 0))
-            return (n > 0) & ((sign * (t - a) > 0) | ((t == t0) & first))
+            return (n > 0) & (within(problem, t, a, h, sign, behind) | ((t == t0) & first))
 
         def value(t: Array, a: Array, h: Array, s: State, K: State, shared: list) -> State:
             width = _width(h)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax import Array
 
 from jode.tree import State
@@ -74,3 +75,31 @@ class Watch:
         `next_` is what it carries on the way back.
         """
         raise NotImplementedError
+
+
+ROUNDINGS = 64
+
+
+def roundings(method: Any) -> float:
+    """How many units in the last place a state may be off by rounding after some steps, or on the method's interpolant, whose
+    coefficients are larger than their sum.
+    """
+    return ROUNDINGS + max(abs(c) for row in method.dense for c in row)
+
+
+def rounding(method: Any, ts: Array) -> Array:
+    """Times of a solve that differ by no more than this are the same one."""
+    return roundings(method) * jnp.finfo(ts.dtype).eps * jnp.maximum(jnp.abs(ts[0]), jnp.abs(ts[-1]))
+
+
+def slack(march: Any, ts: Array) -> Any:
+    """How far behind the end of a step times are looked for: where an event may end a row, to rounding, what is at its time is
+    before it.
+    """
+    return rounding(march.method, ts) if march.may_end else 0.0
+
+
+def within(problem: Problem, t: Array, a: Array, h: Array, sign: Array, slack: Any) -> Array:
+    """Whether a time that was looked for is of the step from a: behind the end of the one before, or of the first that moves."""
+    ahead = sign * (t - a)
+    return (ahead > slack) | ((ahead > 0) & (a == problem.ts[0]) & (h != 0))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jode.control.adaptive import direction
-from jode.observe.base import Bars, Seen, Watch
+from jode.observe.base import Bars, Seen, Watch, slack, within
 from jode.tree import State, add, increment, increment_stacked, nan_unless, real_dtype, work_dtype
 from jode.window import Problem
 
@@ -40,7 +40,7 @@ class Interpolated(Watch):
 
     def _pending(self, march: Any, problem: Problem, j: Array, t: Array) -> Array:
         ts = march.save_times(problem)
-        return (j < ts.shape[0] - 1) & (direction(ts) * (march.rows.pick(ts, j) - t) <= 0)
+        return (j < ts.shape[0] - 1) & (direction(ts) * (march.rows.pick(ts, j) - t) <= slack(march, ts))
 
     def step(self, march: Any, problem: Problem, carry: Saves, seen: Seen) -> Saves:
         """Interpolate at every interior save time that the accepted step has passed."""
@@ -85,7 +85,7 @@ class Interpolated(Watch):
         a, h, s = seen.window.t, seen.window.h, seen.s
 
         def pending(j: Array) -> Array:
-            return (j > 0) & (direction(ts) * (rows.pick(ts, jnp.maximum(j, 0)) - a) > 0)
+            return (j > 0) & within(problem, rows.pick(ts, jnp.maximum(j, 0)), a, h, direction(ts), slack(march, ts))
 
         def dense_state(t: Array, a: Array, h: Array, s: State, K: State) -> State:
             theta = (t - a) / jnp.where(h == 0, 1, h)

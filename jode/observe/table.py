@@ -56,6 +56,8 @@ class Table(Watch):
 
     def told(self, out: Layout) -> Any:
         """Told what its function returns."""
+        if not all(jnp.issubdtype(d, jnp.inexact) for d in out.dtypes):
+            raise TypeError(f"the function of an observer must return floating values, got {', '.join(map(str, out.dtypes))}")
         return replace(self, out=out)
 
     def shapes(self, plan: Any) -> tuple:
