@@ -39,7 +39,8 @@ class Window:
 
     field: f(t, y, params) for these rows. params: those of this step, layers at its nodes. rows: where the rows lie.
     kept: what observers keep at (t, y, params), for a state that carries it. limit: the latest time that f may be asked for (a
-    column): where f jumps, f at that time is what it jumps to. long: whether the field's program is so long that a step should hold
+    column): where f jumps, f at that time is what it jumps to. still: rows that stand still while others step (a column; None where
+    none may). long: whether the field's program is so long that a step should hold
     it once, its stages in a loop. alone: f(t, y, params) of one trajectory, and mapped: which of the params differ by row. jac:
     ∂f/∂y of these rows as (t, y, params), where the user gave it.
     """
@@ -52,6 +53,7 @@ class Window:
     swapped: bool = False
     kept: Callable | None = None
     limit: Any = None
+    still: Any = None
     long: bool = False
     alone: Any = None
     mapped: Any = None

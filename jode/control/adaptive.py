@@ -207,8 +207,8 @@ class Adaptive(Solver):
     def drive(self, march: Any, problem: Problem, loop: Any, c: Any) -> tuple[Any, Any]:
         return loop.until_due(partial(self.running, few=march.few), c), None
 
-    def may_stand(self, march: Any, problem: Problem) -> bool:
-        return march.rows.size is not None
+    def standing(self, march: Any, problem: Problem, i: Any, h: Array) -> Array | None:
+        return h == 0 if march.rows.size is not None else None
 
     def unfinished(self, carry: Progress) -> Array:
         """Rows that want another step and may take one."""

@@ -159,6 +159,7 @@ class AdaptiveStops(Adaptive):
 
     def window(self, march: Any, problem: Problem, place: None, carry: Any) -> Window:
         window, c = super().window(march, problem, place, carry), carry
+        window = _standing(window, ~c.wanted)
         before = lambda happens, t: jnp.where(happens, just_before(t), t)
         on, back = before(c.mark >= 0, c.end), before(c.node >= _first(problem), c.t)
         sign = direction(march.save_times(problem))
@@ -222,6 +223,7 @@ class AdaptiveStops(Adaptive):
 
     def limited(self, march: Any, problem: Problem, grid: Grid, i: Array, window: Window) -> Window:
         p, q = _nodes(grid, i)
+        window = _standing(window, (window.h == 0) & (p == q))
         sign = direction(march.save_times(problem))
         end = jnp.where(sign > 0, window.t + window.h, window.t)
         return _seeing_up_to(self._latest(march, problem, jnp.where(sign > 0, q, p), end), window, sign)
@@ -234,6 +236,11 @@ class AdaptiveStops(Adaptive):
     def node(self, march: Any, problem: Problem, grid: Grid, i: Array) -> Array:
         p, q = _nodes(grid, i)
         return jnp.where(p == q, -1, q)  # a row that stands still has been served
+
+
+def _standing(window: Window, rows: Array) -> Window:
+    """The window with these rows standing still, where any may: not those that step between equal times."""
+    return window if window.still is None else replace(window, still=rows)
 
 
 def _seeing_up_to(limit: Array, window: Window, sign: Array) -> Window:
