@@ -24,7 +24,7 @@ from jode.runner import Runner
 from jode.tree import State, nan_unless, stack_zeros, take, where
 from jode.tuning import FEW_LEFT, GROUP, grouped, long, rolled
 from jode.turns import in_groups
-from jode.window import Window, at_fraction, at_nodes, just_before
+from jode.window import Window, at_fraction, at_nodes, just_after
 
 
 @dataclass(frozen=True, eq=False)
@@ -357,8 +357,8 @@ class March:
         return where(mark >= 0, method.start(y, lambda: self.F(self.after(problem, t), y, params)), s)
 
     def after(self, problem: Problem, t: Array) -> Array:
-        """The time that the first stage after what happens at t sees; f is continuous from the right."""
-        return jnp.where(direction(self.save_times(problem)) > 0, t, just_before(t))
+        """The time that the first stage after what happens at t sees."""
+        return just_after(t, direction(self.save_times(problem)))
 
     def invert(self, problem: Problem, kept: Kept, i: Array, s1: State, ys: State) -> State:
         """The state before step i from the state s1 after it; where steps end at save times what was saved there, ys, is exact."""
