@@ -87,9 +87,9 @@ def solve(
         adjoint: how gradients are computed, by default exactly (`Backprop`). Forward derivatives are exact whatever it is.
         observe: what to keep or to look for on the way: `Dense`, `Steps`, `At`, `Event`, an `Observer` of your own, or a pytree of
             them.
-        stops: times where f jumps, in any order. Steps end there: the last stage before one sees the time just before it, the first
-            stage after it the time itself, for f is taken as continuous from the right (solving backwards in time too: the time
-            itself belongs to what is later). Gradients flow to them.
+        stops: times where f jumps, in any order. Steps end there: the last stage before one sees the number just before it, the
+            first stage after it the one just after. So `t > T` and `t >= T` are the same f, in both directions of time. Gradients
+            flow to them.
         jumps: (times, g), or (times, g, xs): at each of the times y becomes g(t, y, args), or g(t, y, args, x) with x the entry
             of that time in the pytree xs, whose arrays lead with an axis for times. A state saved at a jump is that before it.
             Jumps at ts[0] apply, at ts[-1] they do not; equal ones apply in the order given. Stops and jumps outside of ts are

@@ -38,8 +38,9 @@ class Window:
     y it returns f(t + c h, y) of every row.
 
     field: f(t, y, params) for these rows. params: those of this step, layers at its nodes. rows: where the rows lie.
-    kept: what observers keep at (t, y, params), for a state that carries it. limit: the latest time that f may be asked for (a
-    column): where f jumps, f at that time is what it jumps to. long: whether the field's program is so long that a step should hold
+    kept: what observers keep at (t, y, params), for a state that carries it. limits: the earliest and the latest time that f may
+    be asked for (columns): where f jumps, these are the times beside. still: rows that stand still while others step (a column;
+    None where none may). long: whether the field's program is so long that a step should hold
     it once, its stages in a loop. alone: f(t, y, params) of one trajectory, and mapped: which of the params differ by row. jac:
     ∂f/∂y of these rows as (t, y, params), where the user gave it.
     """
@@ -51,7 +52,8 @@ class Window:
     params: Params
     swapped: bool = False
     kept: Callable | None = None
-    limit: Any = None
+    limits: Any = None
+    still: Any = None
     long: bool = False
     alone: Any = None
     mapped: Any = None
@@ -65,8 +67,8 @@ class Window:
         if self.swapped:
             c, h = 1 - c, -h
         t = self.t + c * h
-        if self.limit is not None:
-            t = no_later(t, self.limit)
+        if self.limits is not None:
+            t = within(t, *self.limits)
         return f(t, y, at_fraction(self.params, c))
 
     def given_jacobian(self, y: State) -> Array | None:
@@ -112,15 +114,15 @@ class Window:
         if rows.size is None:
             return g(self, *xs)
         numbers = [rows.flat(rows.spread(x)) for x in (self.t, self.h)]
-        limit = None if self.limit is None else rows.flat(rows.spread(self.limit))
+        limits = None if self.limits is None else tuple(rows.flat(rows.spread(x)) for x in self.limits)
         place = lambda m, lead=0: (rows.axis if rows.axis == -1 else lead) if m else None
         axes = [[place(m, lead) for m in flags] for flags, lead in zip(self.mapped, (0, 1, 0, 1), strict=True)]
 
-        def one(t: Array, h: Array, limit: Any, params: Params, *xs: Any) -> Any:
-            return g(replace(self, field=self.alone, rows=Rows(), t=t, h=h, params=params, limit=limit), *xs)
+        def one(t: Array, h: Array, limits: Any, params: Params, *xs: Any) -> Any:
+            return g(replace(self, field=self.alone, rows=Rows(), t=t, h=h, params=params, limits=limits), *xs)
 
-        of: Any = jax.vmap(one, (0, 0, None if limit is None else 0, Params(*axes), *(0 for _ in xs)))
-        return of(*numbers, limit, self.params, *xs)
+        of: Any = jax.vmap(one, (0, 0, None if limits is None else 0, Params(*axes), *(0 for _ in xs)))
+        return of(*numbers, limits, self.params, *xs)
 
     def jacobian(self, c: Any, y: State) -> Array:
         """∂f/∂y a fraction c into the step, (n, n) of the n components of y, with a leading axis for rows where there are any.
@@ -145,19 +147,19 @@ class Window:
 
 
 @jax.custom_jvp
-def no_later(t: Array, limit: Array) -> Array:
-    """The earlier of two times; it moves with t."""
-    return jnp.minimum(t, limit)
+def within(t: Array, earliest: Array, latest: Array) -> Array:
+    """The time, or the limit that it is beyond; it moves with t."""
+    return jnp.minimum(jnp.maximum(t, earliest), latest)
 
 
-no_later.defjvps(lambda tdot, _, t, limit: tdot, None)
+within.defjvps(lambda tdot, _, t, earliest, latest: tdot, None, None)
 
 
-def just_before(t: Array) -> Array:
-    """The largest number before t; it moves with t."""
+def just_after(t: Array, sign: Array) -> Array:
+    """The number next to t in the direction of time (1 or -1); it moves with t."""
     fixed = jax.lax.stop_gradient(t)
-    gap = fixed - jnp.nextafter(fixed, jnp.full_like(fixed, -jnp.inf))
-    return t - jnp.where(fixed == 0, jnp.finfo(t.dtype).tiny, gap)  # around 0 the gap is no normal number
+    gap = jnp.nextafter(fixed, sign * jnp.full_like(fixed, jnp.inf)) - fixed
+    return t + jnp.where(fixed == 0, sign * jnp.finfo(t.dtype).tiny, gap)  # around 0 the gap is no normal number
 
 
 def at_fraction(params: Params, c: Any) -> Params:

@@ -1,5 +1,6 @@
 """What a user may say of the steps of a solver: how wide they may be, how errors are weighed, which weights are a layer's own."""
 
+import itertools
 from dataclasses import dataclass
 
 import jax
@@ -342,6 +343,55 @@ def test_rows_have_widths_and_gradients(adjoint):
     exact = -t1 * np.exp(-a * t1), -a * np.exp(-a * t1)
     for found, want in zip(gradient, exact, strict=True):
         np.testing.assert_allclose(found, want, rtol=1e-4)
+
+
+PLACES = {
+    "no time": ([0.0, 0.0, 0.0, 0.0], [0.0, 0.2, 0.5, 1.0]),
+    "start": ([0.0, 0.0, 0.5, 1.0], [0.0, 0.2, 0.5, 0.6]),
+    "middle": ([0.0, 0.4, 0.4, 1.0], [0.0, 0.1, 0.2, 2.0]),
+    "end": ([0.0, 0.5, 1.0, 1.0], [0.0, 0.2, 0.3, 0.4]),
+    "other lengths": ([0.0, 0.4, 1.0, 1.2], [0.0, 1.0, 1.5, 2.0]),
+}
+
+
+@pytest.mark.parametrize(
+    ("solver", "adjoint", "nodes"),
+    [
+        (jode.Fixed(jode.rk4, width=0.1), jode.Backprop(), None),
+        (jode.Fixed(jode.rk4, width=0.1), jode.Backprop(3), "jumps"),
+        (jode.Fixed(jode.leapfrog, width=0.1), jode.Backprop(), "stops"),
+        (jode.Fixed(jode.reversible_heun, width=0.1, max_steps=64), jode.MemoryFree(), None),
+        (jode.Adaptive(jode.dopri5, 1e-9, 1e-9), jode.Backprop(), "jumps"),
+        (jode.Adaptive(jode.leapfrog, 1e-5, 1e-5), jode.Backprop(), "stops"),
+        (jode.Adaptive(jode.reversible_heun, 1e-5, 1e-5), jode.MemoryFree(), None),
+    ],
+    ids=str,
+)
+def test_rows_of_other_lengths_or_none_have_all_derivatives(solver, adjoint, nodes):
+    """Both ways through time, forward and reverse derivatives by times and arguments agree, and are those of the rows alone."""
+
+    def one(ts, a, at):
+        given = {"stops": {"stops": at}, "jumps": {"jumps": (at, lambda t, y, a: y + 0.3 * t * a)}, None: {}}[nodes]
+        f = lambda t, y, a: -a * y * (1 + 0.3 * jnp.sin(t))
+        return jode.odeint(f, jnp.array([1.0, 2.0]), ts, a, solver=solver, adjoint=adjoint, **given)
+
+    rows = lambda ts, a, at: jax.vmap(one, (0, None, None))(ts, a, at)
+
+    @jax.jit
+    def both(ts, at, moved, weights):
+        dots, pull = jax.jvp(lambda *x: rows(*x, at), (ts, 0.7), moved)[1], jax.vjp(lambda *x: rows(*x, at), ts, 0.7)[1]
+        return dots, pull(weights)
+
+    alone = jax.jit(lambda ts, at, dts, da: jax.jvp(lambda *x: one(*x, at), (ts, 0.7), (dts, da))[1])
+    for place, sign in itertools.product(PLACES, (1.0, -1.0)):
+        ts, at = sign * jnp.array(PLACES[place]), sign * jnp.array([0.3, 0.4, 0.4])
+        moved = jnp.cos(jnp.arange(8.0)).reshape(2, 4), 0.7
+        weights = jnp.sin(1 + jnp.arange(16.0)).reshape(2, 4, 2)
+        dots, (tbar, abar) = both(ts, at, moved, weights)
+        there, back = jnp.sum(weights * dots), jnp.sum(tbar * moved[0]) + abar * moved[1]
+        np.testing.assert_allclose(there, back, rtol=1e-12, atol=1e-12, err_msg=f"{place}, {sign}")
+        want = [alone(ts[i], at, moved[0][i], moved[1]) for i in (0, 1)]
+        np.testing.assert_allclose(dots, want, rtol=1e-7, atol=1e-7, err_msg=f"{place}, {sign}")
 
 
 def test_the_way_back_may_have_a_width():

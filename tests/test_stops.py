@@ -293,6 +293,54 @@ def test_an_input_held_between_its_knots_is_solved_to_the_order_of_the_method(wa
     assert np.max(np.abs(off - jnp.stack(exact))) > 1e-3
 
 
+SIDES = {"from the left": lambda t, T: t > T, "from the right": lambda t, T: t >= T}
+SEEN = {
+    "euler": jode.Fixed(jode.euler, 1),
+    "rk4": jode.Fixed(jode.rk4, 3),
+    "adaptive": jode.Adaptive(),
+    "rodas5p": jode.Adaptive(jode.rodas5p),
+    "reversible": jode.Adaptive(jode.Reversible(jode.dopri5)),
+    "leapfrog": jode.Fixed(jode.leapfrog, 2),
+    "memory free": jode.Adaptive(jode.leapfrog),
+}
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("solver", SEEN)
+def test_a_field_may_be_continuous_from_either_side(solver, side):
+    """y' = a before S, b from there to T, c after it, and y + 1 at T; between save times, at one, and where the solve starts and ends."""
+    later = SIDES[side]
+    f = lambda t, y, a: jnp.where(later(t, a[4]), a[2], jnp.where(later(t, a[3]), a[1], a[0])) + 0 * y
+    adjoint = jode.MemoryFree() if solver == "memory free" else jode.Backprop()
+
+    def end(a, S, T, ts):
+        given = {"stops": S[None], "jumps": (T[None], lambda t, y, a: y + 1)}
+        return jode.odeint(f, 4.0, ts, a, solver=SEEN[solver], adjoint=adjoint, **given)
+
+    @jax.jit
+    def both(S, T, ts):
+        a = jnp.stack([2.0, -3.0, 5.0, S, T])
+        solve = lambda S, T: end(a, S, T, ts)
+        return solve(S, T), jax.vjp(solve, S, T)[1](jnp.array([0.0, 0.0, 1.0])), jax.jvp(lambda a: end(a, S, T, ts), (a,), (a,))[1]
+
+    rows = jnp.array([[0.3, 0.7], [0.5, 0.7], [0.3, 0.5], [0.0, 0.5], [0.0, 1.0], [-1.0, 0.0], [-0.25, 0.0], [0.3, 1.0]])
+    for ts in (jnp.array([0.0, 0.5, 1.0]), jnp.array([1.0, 0.5, 0.0]), jnp.array([-0.5, 0.5, 1.0])):
+        ys, slopes, moved = jax.vmap(both, (0, 0, None))(*rows.T, ts)
+        sign = 1 if ts[-1] > ts[0] else -1
+        for i, (S, T) in enumerate(rows):
+            F = lambda t, S=S, T=T: 2 * jnp.minimum(t, S) - 3 * (jnp.clip(t, S, T) - S) + 5 * (jnp.maximum(t, T) - T)
+            jumped = (sign * (ts - T) > 0) & (sign * (T - ts[0]) >= 0)
+            np.testing.assert_allclose(
+                ys[i] - 4, F(ts) - F(ts[0]) + jumped.astype(float), rtol=0, atol=1e-12, err_msg=f"{ts} {S} {T}"
+            )
+            np.testing.assert_allclose(moved[i], F(ts) - F(ts[0]), rtol=0, atol=1e-12)
+            inside = [min(ts[0], ts[-1]) < x < max(ts[0], ts[-1]) for x in (S, T)]
+            want = [sign * x for x in (5.0, -8.0)]
+            for got, slope, known in zip(slopes, want, inside, strict=True):
+                if known:
+                    np.testing.assert_allclose(got[i], slope, rtol=0, atol=1e-12)
+
+
 def test_a_stop_at_time_zero_separates_what_is_before_and_after():
     f = lambda t, y, a: jnp.where(t < 0, 1.0, 100.0)
     for solver in (jode.Adaptive(), jode.Fixed(jode.dopri5, 1)):

@@ -216,8 +216,8 @@ class Adaptive(Solver):
             return loop.until_due(lambda c: (c.loops == 0) | running(c), c), None
         return loop.until_due(running, c), None
 
-    def may_stand(self, march: Any, problem: Problem) -> bool:
-        return march.rows.size is not None
+    def standing(self, march: Any, problem: Problem, i: Any, h: Array) -> Array | None:
+        return h == 0 if march.rows.size is not None else None
 
     def unfinished(self, carry: Progress) -> Array:
         """Rows that want another step and may take one."""

@@ -149,8 +149,8 @@ class Solver:
         """Run the loop to the end; the last carry, and what was saved between intervals, stacked (None where nothing is)."""
         raise NotImplementedError
 
-    def may_stand(self, march: Any, problem: Problem) -> bool:
-        """Whether a row may stand still while others step: its step then has no width."""
+    def standing(self, march: Any, problem: Problem, i: Any, h: Array) -> Array | None:
+        """Rows that stand still in step i, of width h, while others step: a column; None where none may. It is no step."""
         raise NotImplementedError
 
     def report(self, march: Any, problem: Problem, c: Any, good: Array, slope: Any) -> tuple[Array, Array, Array, Array]:

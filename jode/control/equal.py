@@ -39,7 +39,7 @@ class Equal(Solver):
         return (march.plan.saves - 1) * self.bound(march, problem)
 
     def span(self, march: Any, problem: Problem, a: Array, b: Array, k: Array) -> tuple[Array, Array]:
-        """Time and width of step k of the interval [a, b]; rows that want fewer steps than others then stand still."""
+        """Time and width of step k of the interval [a, b]; rows that want fewer steps than others then stand still (`standing`)."""
         steps = self.count(march, problem)
         h = (b - a) / (steps if isinstance(steps, int) else steps.astype(a.dtype))
         t = a + k.astype(a.dtype) * h
@@ -57,7 +57,7 @@ class Equal(Solver):
         return march.window(problem, *self.span(march, problem, a, b, k), i)
 
     def judge(self, march: Any, problem: Problem, carry: tuple, window: Window, s: State, step: Step) -> tuple[Any, tuple]:
-        return (window.h != 0 if self.may_stand(march, problem) else None), carry
+        return (None if window.still is None else ~window.still), carry
 
     def drive(self, march: Any, problem: Problem, loop: Any, c: Any) -> tuple[Any, Any]:
         bound = self.bound(march, problem)
@@ -69,8 +69,12 @@ class Equal(Solver):
 
         return march.runner.repeat(march.plan.saves - 1, interval, c)
 
-    def may_stand(self, march: Any, problem: Problem) -> bool:
-        return jnp.ndim(self.count(march, problem)) > 0
+    def standing(self, march: Any, problem: Problem, i: Any, h: Array) -> Array | None:
+        """Rows that take fewer steps than others stand still when theirs are taken. A step between equal times is none of these: it
+        has no width, and a derivative by it.
+        """
+        steps = self.count(march, problem)
+        return i % self.bound(march, problem) >= steps if jnp.ndim(steps) else None
 
     def rests(self, march: Any, problem: Problem, seen: Any) -> Array:
         bound, i = self.bound(march, problem), seen.slot

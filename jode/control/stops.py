@@ -1,9 +1,9 @@
 """Steps that end at given times, where f jumps or the state is reset: the two controls that stop there.
 
-`marks` say what happens at times of `ts`: -1 nothing, 0 f jumps, k the state is reset by jump k - 1. f is continuous from the
-right: at a marked time it is what it is after it, and stages of steps that lie before it see at most the time just before. For
-equal steps `ts` is one sequence of save times and others, each with a mark; for steps that are found the others follow the save
-times, and the last of them is the end.
+`marks` say what happens at times of `ts`: -1 nothing, 0 f jumps, k the state is reset by jump k - 1, -2 one of these at an equal
+time that comes later. At a marked time f is never asked for: stages of the step before it see at most the number just before, those
+of the step after it at least the one just after. For equal steps `ts` is one sequence of save times and others, each with a mark;
+for steps that are found the others follow the save times, and the last of them is the end.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jode.control.adaptive import Adaptive, direction, reach
 from jode.control.base import Grid, Solver
 from jode.control.equal import Fixed
 from jode.tree import State, put, stack_zeros, where
-from jode.window import Problem, Window, just_before
+from jode.window import Problem, Window, just_after
 
 
 def stopping(solver: Any, ts: Array, others: Array, stops: Array | None, jumps: Array | None) -> tuple[Solver, Array, Any]:
@@ -39,30 +39,29 @@ def stopping(solver: Any, ts: Array, others: Array, stops: Array | None, jumps: 
     times, marks, n = times[order], marks[order], marks.shape[0]
     next_ = jax.lax.cummin(jnp.where(marks >= 0, _index(marks), n), reverse=True)
     there = jnp.concatenate([times, times[:1] * jnp.nan])[next_] == times  # steps that end at an equal save time see f before it
-    marks = jnp.where(there, jnp.maximum(marks, 0), marks)
+    marks = jnp.where(there & (marks < 0), -2, marks)
     return FixedStops(**numbers, marks=marks), jnp.concatenate([times, others]), jnp.argsort(order)[: ts.shape[0]]
 
 
 def _marked(ts: Array, stops: Array | None, jumps: Array | None) -> tuple[Array, Array]:
     """Stops and jump times in order, and their marks. Of equal ones stops come first, then jumps as they were given.
 
-    Jumps apply from ts[0] on and before ts[-1]; stops matter to steps that lie below them. The others come last, at ts[-1], where
-    nothing happens but that f may jump; and so does one more, ts[-1] itself.
+    Jumps and stops apply from ts[0] on and before ts[-1]. The others come last, at ts[-1], where nothing happens but that f may
+    jump; and so does one more, ts[-1] itself.
     """
     t0, t1, sign = ts[0], ts[-1], direction(ts)
     parts, marks = [], []
     if stops is not None:
         parts.append(stops)
-        within = (stops > jnp.minimum(t0, t1)) & (stops < jnp.maximum(t0, t1)) | ((stops == t0) & (sign < 0))
-        marks.append(jnp.where(within, 0, -1).astype(jnp.int32))
+        marks.append(jnp.where((sign * (stops - t0) >= 0) & (sign * (stops - t1) < 0), 0, -1).astype(jnp.int32))
     if jumps is not None:
         parts.append(jumps)
         marks.append(jnp.where((sign * (jumps - t0) >= 0) & (sign * (jumps - t1) < 0), 1 + _index(jumps), -1))
-    times, marks = jnp.concatenate([*parts, t1[None]]), jnp.concatenate([*marks, jnp.full(1, -1, jnp.int32)])
-    times, rest = jnp.where(marks >= 0, times, t1), marks < 0
+    given, marks = jnp.concatenate(parts), jnp.concatenate([*marks, jnp.full(1, -1, jnp.int32)])
+    times, rest = jnp.where(marks >= 0, jnp.concatenate([given, t1[None]]), t1), marks < 0
     order = jnp.lexsort((rest, jax.lax.stop_gradient(sign * times)))
-    jumps_there = jnp.any(stops == t1) & (sign > 0) if stops is not None else False
-    return times[order], jnp.where(rest, jnp.where(jumps_there, 0, -1), marks)[order].astype(jnp.int32)
+    last = jnp.where(jnp.any(given == t1), 0, -1)
+    return times[order], jnp.where(rest, last, marks)[order].astype(jnp.int32)
 
 
 @jax.tree_util.register_dataclass
@@ -88,10 +87,8 @@ class FixedStops(Fixed):
 
     def limited(self, march: Any, problem: Problem, grid: Grid, i: Array, window: Window) -> Window:
         j = i // self.bound(march, problem)
-        later = jnp.where(direction(march.save_times(problem)) > 0, j + 1, j)
-        end = march.rows.pick(problem.ts, later)
-        limit = jnp.where(march.mark(problem, later) >= 0, just_before(end), end)
-        return _seeing_up_to(limit, window, direction(march.save_times(problem)))
+        a, b = (march.rows.pick(problem.ts, k) for k in (j, j + 1))
+        return _seeing_between(march, problem, window, a, march.mark(problem, j) >= 0, b, march.mark(problem, j + 1) != -1)
 
     def node(self, march: Any, problem: Problem, grid: Grid, i: Array) -> Array:
         bound = self.bound(march, problem)  # rows that take fewer steps stand still up to the last
@@ -159,10 +156,8 @@ class AdaptiveStops(Adaptive):
 
     def window(self, march: Any, problem: Problem, place: None, carry: Any) -> Window:
         window, c = super().window(march, problem, place, carry), carry
-        before = lambda happens, t: jnp.where(happens, just_before(t), t)
-        on, back = before(c.mark >= 0, c.end), before(c.node >= _first(problem), c.t)
-        sign = direction(march.save_times(problem))
-        return _seeing_up_to(jnp.where(sign > 0, on, back), window, sign)
+        window = _standing(window, ~c.wanted)
+        return _seeing_between(march, problem, window, c.t, c.node >= _first(problem), c.end, c.mark >= 0)
 
     def target(self, march: Any, problem: Problem, c: Stopped) -> Array:
         return c.end
@@ -185,8 +180,9 @@ class AdaptiveStops(Adaptive):
         p, method = c.control, march.method
         s = march.reset_by(problem, jnp.where(p.waits, p.mark, -1), p.t, c.s)
         y = method.read(s)
-        slope = march.F(march.after(problem, p.t), y, problem.params)
-        width = self.first_width(march, problem, p.t, y, slope)
+        after = march.after(problem, p.t)
+        slope = march.F(after, y, problem.params)
+        width = self.first_width(march, problem, after, y, slope)
         on = self._towards(march, problem, p._replace(behind=p.behind + p.waits.astype(jnp.int32)), width, slope)
         if march.keeps_resets:  # of rows at their next time, which may be their end; the last entry takes what is not wanted
             at = jnp.where(p.node == _first(problem) + p.behind, p.behind, problem.numbers["marks"].shape[0] - 1)
@@ -222,25 +218,31 @@ class AdaptiveStops(Adaptive):
 
     def limited(self, march: Any, problem: Problem, grid: Grid, i: Array, window: Window) -> Window:
         p, q = _nodes(grid, i)
-        sign = direction(march.save_times(problem))
-        end = jnp.where(sign > 0, window.t + window.h, window.t)
-        return _seeing_up_to(self._latest(march, problem, jnp.where(sign > 0, q, p), end), window, sign)
-
-    def _latest(self, march: Any, problem: Problem, j: Array, end: Array) -> Array:
-        """The latest time for stages of steps whose later end is ts[j]; that of others, and where nothing happens, is their end."""
-        t = march.rows.pick(problem.ts, jnp.maximum(j, 0))
-        return jnp.where(j < 0, end, jnp.where(march.mark(problem, j) >= 0, just_before(t), t))
+        window = _standing(window, (window.h == 0) & (p == q))
+        end = jnp.where(q < 0, window.t + window.h, march.rows.pick(problem.ts, jnp.maximum(q, 0)))
+        marked = lambda j: march.mark(problem, j) >= 0
+        return _seeing_between(march, problem, window, window.t, marked(p), end, marked(q))
 
     def node(self, march: Any, problem: Problem, grid: Grid, i: Array) -> Array:
         p, q = _nodes(grid, i)
         return jnp.where(p == q, -1, q)  # a row that stands still has been served
 
 
-def _seeing_up_to(limit: Array, window: Window, sign: Array) -> Window:
-    """The window whose stages see no later time than the limit. Forwards that is never before the start: between two equal times f
-    is what it is after the first.
+def _standing(window: Window, rows: Array) -> Window:
+    """The window with these rows standing still, where any may: not those that step between equal times."""
+    return window if window.still is None else replace(window, still=rows)
+
+
+def _seeing_between(march: Any, problem: Problem, window: Window, a: Array, at_a: Array, b: Array, at_b: Array) -> Window:
+    """The window whose stages see times from a to b: not these themselves where something happens there. Between two equal times f
+    is what it is after the first if something happens there, and before the second otherwise, but never before ts[0].
     """
-    return replace(window, limit=jnp.where(sign > 0, jnp.maximum(limit, window.t), limit))
+    ts = march.save_times(problem)
+    sign = direction(ts)
+    first, last = jnp.where(at_a, just_after(a, sign), a), jnp.where(at_b, just_after(b, -sign), b)
+    apart, after = sign * (last - first) > 0, at_a | (a == ts[0])
+    first, last = jnp.where(apart | after, first, last), jnp.where(apart | ~after, last, first)
+    return replace(window, limits=(jnp.minimum(first, last), jnp.maximum(first, last)))
 
 
 def _nodes(grid: Grid, i: Array) -> tuple[Array, Array]:

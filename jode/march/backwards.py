@@ -40,7 +40,7 @@ def pull(
     K, pull = march.method.pullback(window, s, march.needs_slopes, march.rolled)
     s1 = march.method.step(window, s).state if solver.marked or march.plan.watches else ()
     if solver.marked:
-        c = _pull_reset(march, problem, solver.node(march, problem, grid, i), march.still(problem, window, s, s1), c)
+        c = _pull_reset(march, problem, solver.node(march, problem, grid, i), march.still(window, s, s1), c)
         sbar = c.s
     if solver.lands and march.plan.saves > 2:
         bound = solver.bound(march, problem)
@@ -59,8 +59,10 @@ def pull(
         sbar = add(sbar, bars.end) if march.plan.watches else sbar
     size = march.plan.degree + 1
     before = [jax.lax.dynamic_slice_in_dim(x, i, size, 0) for x in c.layers]
-    sbar_step, (tbar, hbar, shared, after) = pull(sbar, slopes_bar, (jnp.zeros_like(t), jnp.zeros_like(h), bars.shared, before))
-    sbar = march.still(problem, window, sbar, sbar_step)
+    # Rows that stand still take no step: of methods that carry slopes even one of no width depends on time and parameters.
+    stepped = march.still(window, zeros_like(sbar), sbar)
+    sbar_step, (tbar, hbar, shared, after) = pull(stepped, slopes_bar, (jnp.zeros_like(t), jnp.zeros_like(h), bars.shared, before))
+    sbar = march.still(window, sbar, sbar_step)
     if march.watches:
         sbar, tbar, hbar = add(bars.s, sbar), tbar + bars.t, hbar + bars.h
     if not solver.lands:

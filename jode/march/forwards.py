@@ -25,7 +25,7 @@ from jode.runner import Runner
 from jode.tree import State, nan_unless, stack_zeros, take, where
 from jode.tuning import FEW_LEFT, GROUP, grouped, long, rolled
 from jode.turns import in_groups
-from jode.window import Window, at_fraction, at_nodes, just_before
+from jode.window import Window, at_fraction, at_nodes, just_after
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +130,9 @@ class March:
         """The step of width h from t, the i-th of all."""
         params = at_nodes(problem.params, i, self.plan.degree) if i is not None else problem.params
         flags = self.mapped and self.mapped.params
-        return Window(self.F, self.rows, t, h, params, kept=self.kept, long=self.long, alone=self.alone, mapped=flags, jac=self.jac)
+        still = self.solver.standing(self, problem, i, h)
+        same = {"kept": self.kept, "long": self.long, "alone": self.alone, "mapped": flags, "jac": self.jac}
+        return Window(self.F, self.rows, t, h, params, still=still, **same)
 
     def save_times(self, problem: Problem) -> Array:
         """The save times, which come first among the given ones."""
@@ -321,14 +323,14 @@ class March:
         t, h = span(take(problem.ts, p), take(problem.ts, q))
         return self.solver.limited(self, problem, grid, i, self.window(problem, t, h, i if self.solver.lands else None))
 
-    def still(self, problem: Problem, window: Window, s: State, moved: State) -> State:
+    def still(self, window: Window, s: State, moved: State) -> State:
         """The state moved, or as it is in rows that stand still in this slot."""
-        return where(window.h == 0, s, moved) if self.solver.may_stand(self, problem) else moved
+        return moved if window.still is None else where(window.still, s, moved)
 
     def advance(self, problem: Problem, grid: Grid, i: Array, s: State) -> State:
         """The state after step i from the state s before it."""
         window = self._window(problem, grid, i)
-        s = self.still(problem, window, s, self.method.step(window, s).state)
+        s = self.still(window, s, self.method.step(window, s).state)
         return self.reset(problem, self.solver.node(self, problem, grid, i), s) if self.solver.marked else s
 
     def reset(self, problem: Problem, j: Array, s: State) -> State:
@@ -362,8 +364,8 @@ class March:
         return where(mark >= 0, method.start(y, lambda: self.F(self.after(problem, t), y, params)), s)
 
     def after(self, problem: Problem, t: Array) -> Array:
-        """The time that the first stage after what happens at t sees; f is continuous from the right."""
-        return jnp.where(direction(self.save_times(problem)) > 0, t, just_before(t))
+        """The time that the first stage after what happens at t sees."""
+        return just_after(t, direction(self.save_times(problem)))
 
     def invert(self, problem: Problem, kept: Kept, i: Array, s1: State, ys: State) -> State:
         """The state before step i from the state s1 after it; where steps end at save times what was saved there, ys, is exact."""
@@ -379,7 +381,7 @@ class March:
                 known = known & self.rows.finite(saved)
             s1 = where(known, saved, s1)
         window = self._window(problem, grid, i)
-        return self.still(problem, window, s1, self.method.inverse(window, s1))
+        return self.still(window, s1, self.method.inverse(window, s1))
 
     @property
     def long(self) -> bool:
