@@ -41,8 +41,9 @@ class Solution:
     """What `solve` returns, a pytree.
 
     `ys` has the structure of y0 with a leading axis for the save times `ts`. `reached` is the time up to which the solution is
-    known: ts[-1] after success, else the end of the last accepted step (`Adaptive`) or the last save time that is finite.
-    `observed` has the structure of `observe`, with what each observer kept. Shapes are those of one trajectory.
+    known: after success the last of ts that is finite, else the end of the last accepted step (`Adaptive`) or the last save time
+    with a finite state. `observed` has the structure of `observe`, with what each observer kept. Shapes are those of one
+    trajectory.
     """
 
     ts: Float[Array, " saves"]
@@ -74,7 +75,9 @@ def solve(
             `jode.odeint(lambda t, y, args: f(t, y, args) * 0 + t, 0.0, (0.0, 2.0))[-1]` is 2 if t is time.
         y0: the initial state, any pytree of floating (16 bits or more) or complex arrays; its dtypes are kept.
         ts: save times, at least two, increasing or decreasing; ts[0] is the initial time. An array of times keeps its dtype, also
-            inside f; times written as Python numbers take the real precision of the state.
+            inside f; times written as Python numbers take the real precision of the state. Infinity (minus infinity, where they
+            decrease) pads rows that have fewer: the solve ends at the last time that is finite, and states behind it are NaN. That
+            is no failure. `Layers` divides its layers among all times, and takes no such padding.
         args: any pytree. Floating and complex arrays, and Python floats, get gradients; integer arrays and PRNG keys get none.
             Other leaves, Python ints among them, are static: f may use them as a shape or a count, and each new value compiles
             anew. `jnp.asarray(n)` makes data of an int.
@@ -103,8 +106,9 @@ def solve(
     if spy := _SPY.get():
         f = _Spied(f, spy)
     y0 = _state(y0)
-    ts = _times(ts, y0)
-    solver = solver.checked(y0).over(ts)
+    ts = _times(ts, y0, pads=not solver.layered)
+    padded = not solver.layered and not (concrete(ts) and np.isfinite(ts).all())
+    solver = solver.checked(y0).over(_unpadded(ts) if padded else ts)
     asked, looks = Asked.of(observe, partial(_looked_at, ts=ts), solver.layered)
     if asked and not adjoint.sees_steps:
         raise ValueError(
@@ -119,7 +123,7 @@ def solve(
     untraced = not any(map(_holds_tracers, functions))
     run = _solve_jitted if hashable((static, adjoint)) and untraced else _solve
     checked = all(concrete(x) for x in (ts, stops, jumps and jumps[0], *jax.tree.leaves(solver)))
-    return run(y0, ts, dynamic, static, adjoint, checked)
+    return run(y0, ts, dynamic, static, adjoint, checked, padded)
 
 
 def odeint(
@@ -179,9 +183,9 @@ _REMEDIES = {
     Status.nonfinite_dynamics: "f returned NaN or infinity at the initial state: check y0, args and the domain of f",
     Status.nonfinite_state: "the state became NaN or infinite: check y0, take smaller steps, or use Adaptive",
     Status.capacity: "an observer had no room for all steps: give it a larger capacity",
-    Status.invalid_input: "numbers known only at run time are out of range: ts must be finite and increase throughout or decrease "
-    "throughout, Fixed's steps lie between 1 and max_steps, its width be above zero, Adaptive's tolerances and first_step not be "
-    "negative, nor both tolerances zero, and its max_step be above zero",
+    Status.invalid_input: "numbers known only at run time are out of range: ts must increase throughout or decrease throughout and "
+    "be finite, but for infinities that pad it at the end, Fixed's steps lie between 1 and max_steps, its width be above zero, "
+    "Adaptive's tolerances and first_step not be negative, nor both tolerances zero, and its max_step be above zero",
 }
 
 
@@ -251,8 +255,11 @@ def _state(y0: Any) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, y0)
 
 
-def _times(ts: Any, y0: Any) -> Any:
-    """The save times as a vector. Arrays keep their dtype; Python numbers and integers take the state's real precision."""
+def _times(ts: Any, y0: Any, pads: bool) -> Any:
+    """The save times as a vector. Arrays keep their dtype; Python numbers and integers take the state's real precision.
+
+    pads: whether the last of them may be infinite.
+    """
     parts = list(ts) if isinstance(ts, (tuple, list)) else [ts]
     given = [t if hasattr(t, "dtype") else np.asarray(t) for t in parts]
     for t in given:
@@ -266,29 +273,52 @@ def _times(ts: Any, y0: Any) -> Any:
     if out.ndim != 1 or out.shape[0] < 2:
         raise ValueError(f"ts must be a vector of at least two save times, the first the initial time; got shape {out.shape}")
     if known:
-        _check_times(np.concatenate([np.asarray(t, np.float64).reshape(-1) for t in given]), np.asarray(out))
+        _check_times(np.concatenate([np.asarray(t, np.float64).reshape(-1) for t in given]), np.asarray(out), pads)
     return out
 
 
-def _check_times(exact: np.ndarray, ts: np.ndarray) -> None:
+def _check_times(exact: np.ndarray, ts: np.ndarray, pads: bool) -> None:
     """Refuse times that are not finite or not in order, and times that differ as they were given but not in the dtype of ts."""
-    if not np.isfinite(ts).all():
-        raise ValueError(f"ts must be finite, got {ts}")
-    steps = np.diff(ts)
-    if not ((steps >= 0).all() or (steps <= 0).all()):
+    finite = np.isfinite(ts)
+    if np.isnan(ts).any() or not finite[0] or not (pads or finite.all()):
+        says = "ts must be finite" if not pads else "ts must be finite, or end in infinities that pad it"
+        raise ValueError(f"{says}, got {ts}")
+    if not _in_order(ts):
         raise ValueError(f"ts must increase throughout or decrease throughout, got {ts}: sort it")
+    exact, ts = exact[finite], ts[finite]
     apart = np.abs(np.diff(exact)) > 4 * np.finfo(np.float64).eps * np.abs(exact[1:])
-    for i in np.flatnonzero(apart & (steps == 0)):
+    for i in np.flatnonzero(apart & (np.diff(ts) == 0)):
         raise ValueError(
             f"ts[{i}] = {float(exact[i])} and ts[{i + 1}] = {float(exact[i + 1])} are the same number in {ts.dtype}: "
             "give ts as a float64 array (with jax_enable_x64), or measure time from ts[0]"
         )
 
 
+def _in_order(ts: Any) -> Any:
+    """Whether times increase throughout or decrease throughout; none of them is NaN then."""
+    return (ts[1:] >= ts[:-1]).all() | (ts[1:] <= ts[:-1]).all()
+
+
+def _unpadded(ts: Any) -> Any:
+    """The times with the last finite one in the place of those that are not: intervals of no length."""
+    xp: Any = np if concrete(ts) else jnp
+    finite = xp.isfinite(ts)
+    last = xp.sum(xp.where(finite & ~xp.concatenate([finite[1:], xp.zeros(1, bool)]), ts, 0))
+    return xp.where(finite, ts, last)
+
+
+def _asked(given: Array, padded: bool, saves: int, saved: Any) -> dict:
+    """Which of the times that are saved are no padding, for the march; `saved` are the places of those given among them."""
+    if not padded:
+        return {}
+    finite = jnp.isfinite(given)
+    return {"asked": finite if saved is None else jnp.ones(saves, bool).at[saved].set(finite)}
+
+
 def _valid(ts: Array, solver: Any, *others: Array | None) -> Array:
     """Whether times and numbers that are traced are such as the checks at the door ask for."""
-    steps = ts[1:] - ts[:-1]
-    valid = jnp.all(jnp.isfinite(ts)) & (jnp.all(steps >= 0) | jnp.all(steps <= 0)) & solver.valid()
+    finite = jnp.isfinite(ts)
+    valid = (jnp.all(finite) if solver.layered else finite[0]) & _in_order(ts) & solver.valid()
     return reduce(jnp.logical_and, [~jnp.any(jnp.isnan(x)) for x in others if x is not None], valid)
 
 
@@ -336,18 +366,19 @@ def _check_stops(solver: Solver, adjoint: Adjoint) -> None:
         raise ValueError(f"{type(adjoint).__name__} solves an ODE without stops or jumps backwards: use jode.Backprop")
 
 
-def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, checked: bool) -> Solution:
+def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, checked: bool, padded: bool) -> Solution:
     f, args, solver, asked, looks, stops, jumps = merge(dynamic, static)
-    y, ts, beside = y0, jnp.asarray(ts), bool(asked.beside)
+    y, given, beside = y0, jnp.asarray(ts), bool(asked.beside)
+    ts = _unpadded(given) if padded else given
     if beside:
         leaves, treedef = jax.tree.flatten(args)
         first = jax.tree.unflatten(treedef, [x[0] if m else x for x, m in zip(leaves, solver.leading(args), strict=True)])
         y0 = asked.initial(ts[0], y, first)
     layout = Layout.of(y0)
     solver.method.check(y)
-    given, valid, packed = ts, None, layout.pack(jax.tree.leaves(y0))
+    valid, packed = None, layout.pack(jax.tree.leaves(y0))
     if not checked:  # an invalid trajectory starts from NaN and goes nowhere, like any other that fails at its start
-        valid = _valid(ts, solver, stops, jumps and jumps[0])
+        valid = _valid(given, solver, stops, jumps and jumps[0])
         ts = jnp.where(valid, ts, 0)
         packed = tuple(jnp.where(valid, x, nan_unless(valid, jnp.zeros_like(x))) for x in packed)
         solver = jax.tree.map(lambda x: x if isinstance(x, int) else jnp.where(valid, x, 1).astype(x.dtype), solver)
@@ -374,7 +405,7 @@ def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, checked: 
     if beside:
         method = Observed(method, layout.leading(len(jax.tree.leaves(y))))
     plan = Plan(closed, replace(solver.static, method=method), layout, saves, ts.dtype, steps, weights, watches)
-    outcome = adjoint.solve(plan, Problem(ts, packed, params, solver.numbers))
+    outcome = adjoint.solve(plan, Problem(ts, packed, params, {**solver.numbers, **_asked(given, padded, saves, saved)}))
     stats, status, reached = outcome.stats, outcome.status, outcome.reached
     if valid is not None:
         stats = jax.tree.map(lambda n: jnp.where(valid, n, 0), stats)
@@ -388,4 +419,4 @@ def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, checked: 
     return Solution(given, ys, stats, status, reached, observed)
 
 
-_solve_jitted = partial(jax.jit, static_argnums=(3, 4, 5), inline=True)(_solve)
+_solve_jitted = partial(jax.jit, static_argnums=(3, 4, 5, 6), inline=True)(_solve)
