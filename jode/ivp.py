@@ -107,7 +107,7 @@ def solve(
         f = _Spied(f, spy)
     y0 = _state(y0)
     ts = _times(ts, y0, pads=not solver.layered)
-    padded = not solver.layered and not (concrete(ts) and np.isfinite(ts).all())
+    padded = not solver.layered and not (concrete(ts) and np.isfinite(np.asarray(ts)).all())
     solver = solver.checked(y0).over(_unpadded(ts) if padded else ts)
     asked, looks = Asked.of(observe, partial(_looked_at, ts=ts), solver.layered)
     if asked and not adjoint.sees_steps:
