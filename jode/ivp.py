@@ -174,18 +174,26 @@ class _Spied:
 
 
 _REMEDIES = {
-    Status.max_steps: "it needed more than max_steps steps: raise Adaptive(max_steps=...), loosen rtol and atol, or try "
-    "jode.rodas5p if the problem may be stiff",
+    Status.max_steps: "it needed more than max_steps steps: raise Adaptive(max_steps=...), or loosen rtol and atol. Noise in f "
+    "(random numbers, a part of it in float32) wants them above its size, a jump of f wants stops",
     Status.stiff: "the problem is stiff: not the error but stability limited the steps, and max_steps were not enough. Use an "
     "implicit method, Adaptive(jode.rodas5p, ...)",
     Status.step_underflow: "the step shrank below the resolution of time: the solution may blow up there or leave the domain of f, "
-    "or the problem is stiff and wants jode.rodas5p; if none of these, give ts in float64, or measure time from ts[0]",
+    "or f jumps there (give its time as one of stops) or is noisy (loosen rtol and atol); if none of these, give ts in float64, or "
+    "measure time from ts[0]",
     Status.nonfinite_dynamics: "f returned NaN or infinity at the initial state: check y0, args and the domain of f",
     Status.nonfinite_state: "the state became NaN or infinite: check y0, take smaller steps, or use Adaptive",
+    Status.linear_solve: "a linear system of the implicit method was not solved: with bands, f depends on "
+    "components outside of them (widen them, or order the components so that neighbours stand together), or elimination needs "
+    "pivots (use the dense matrix); with krylov, its solver did not converge (give it more iterations, or a looser tolerance)",
     Status.capacity: "an observer had no room for all steps: give it a larger capacity",
     Status.invalid_input: "numbers known only at run time are out of range: ts must increase throughout or decrease throughout and "
     "be finite, but for infinities that pad it at the end, Fixed's steps lie between 1 and max_steps, its width be above zero, "
     "Adaptive's tolerances and first_step not be negative, nor both tolerances zero, and its max_step be above zero",
+}
+_FOR_EXPLICIT = {
+    Status.max_steps: ". If the problem may be stiff, try an implicit method, Adaptive(jode.rodas5p, ...)",
+    Status.step_underflow: ". If the problem may be stiff, try an implicit method, Adaptive(jode.rodas5p, ...)",
 }
 
 
@@ -213,8 +221,9 @@ def check(sol: Solution) -> Solution:
     saved = f"last good save time {ts[finite][-1]}" if finite.any() else f"no good state, not even at {ts[0]}"
     reached = f"at t = {np.asarray(sol.reached)[row]}, {saved}"
     which = f"trajectory {row[0] if len(row) == 1 else row} of {status.size} ({len(failed)} failed)" if row else "the solve"
-    steps = int(np.asarray(sol.stats.steps)[row])
-    raise SolveError(f"{which} ended with {code.name} after {steps} steps, {reached}: {_REMEDIES[code]}")
+    steps, implicit = int(np.asarray(sol.stats.steps)[row]), bool(np.asarray(sol.stats.factorisations)[row])
+    remedy = _REMEDIES[code] + ("" if implicit else _FOR_EXPLICIT.get(code, ""))
+    raise SolveError(f"{which} ended with {code.name} after {steps} steps, {reached}: {remedy}")
 
 
 def _check_callables(f: Any, y0: Any, solver: Any, adjoint: Any) -> None:
