@@ -565,6 +565,40 @@ def test_what_is_not_stiff_is_not_called_so(field):
     assert sol.status == jode.Status.max_steps
 
 
+def hashed(y, s):
+    """Numbers in (-1, 1) that no neighbouring y has."""
+    x = 43758.5453 * jnp.sin(1e9 * y + s)
+    return 2 * (x - jnp.floor(x)) - 1
+
+
+NOISE = {
+    "each": lambda t, y, s: -y + hashed(y, s),
+    "all": lambda t, y, s: -y + 1e-3 * jnp.sin(1e12 * jnp.sum(y) + s),
+    "by time": lambda t, y, s: -y + hashed(t, s),
+    "single": lambda t, y, s: (jnp.sin(y.astype(jnp.float32) * (1 + s.astype(jnp.float32)))).astype(y.dtype) - y,
+}
+
+
+@pytest.mark.parametrize("name", NOISE)
+@pytest.mark.parametrize("n", [1, pytest.param(5, marks=pytest.mark.sweep)])
+def test_noise_is_not_called_stiff(name, n):
+    """Differences of noise have the sign of an eigenvalue that is negative in half of all cases, and agree in one of a hundred. The
+    remedy names it.
+    """
+    solver = jode.Adaptive(jode.tsit5, 1e-7, 1e-7, max_steps=100)
+    sol = jax.jit(jax.vmap(lambda s: jode.solve(NOISE[name], 1.1 * jnp.ones(n), (0.0, 50.0), s, solver=solver)))(jnp.arange(300.0))
+    assert np.mean(sol.status == jode.Status.stiff) <= 0.01
+    assert np.mean(sol.status == jode.Status.max_steps) > 0.9
+    with pytest.raises(jode.SolveError, match=r"max_steps.*Noise in f \(random numbers, a part of it in float32\)"):
+        jode.check(sol)
+
+
+def test_what_is_stiff_is_called_so_beside_noise_that_is_smaller():
+    f = lambda t, y, a: -a * (y - jnp.cos(t)) + 1e-7 * hashed(y, a)
+    sol = jode.solve(f, jnp.ones(3), (0.0, 5.0), 1e4, solver=jode.Adaptive(max_steps=200))
+    assert sol.status == jode.Status.stiff
+
+
 def test_a_batch_of_which_some_are_a_thousand_times_stiffer():
     """Each row is that of a solve alone, and one that cannot be solved is contained."""
     rates = RATES[None] * (jnp.where(jnp.arange(40) % 10 == 3, 1e3, 1.0) * jnp.linspace(0.9, 1.1, 40))[:, None]
