@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial, reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.core
@@ -42,8 +42,9 @@ class Solution:
     """What `solve` returns, a pytree.
 
     `ys` has the structure of y0 with a leading axis for the save times `ts`. `reached` is the time up to which the solution is
-    known: ts[-1] after success, else the end of the last accepted step (`Adaptive`) or the last save time that is finite.
-    `observed` has the structure of `observe`, with what each observer kept. Shapes are those of one trajectory.
+    known: after success the last of ts that is finite, else the end of the last accepted step (`Adaptive`) or the last save time
+    with a finite state. `observed` has the structure of `observe`, with what each observer kept. Shapes are those of one
+    trajectory.
     """
 
     ts: Float[Array, " saves"]
@@ -78,7 +79,9 @@ def solve(
             `jode.odeint(lambda t, y, args: f(t, y, args) * 0 + t, 0.0, (0.0, 2.0))[-1]` is 2 if t is time.
         y0: the initial state, any pytree of floating (16 bits or more) or complex arrays; its dtypes are kept.
         ts: save times, at least two, increasing or decreasing; ts[0] is the initial time. An array of times keeps its dtype, also
-            inside f; times written as Python numbers take the real precision of the state.
+            inside f; times written as Python numbers take the real precision of the state. Infinity (minus infinity, where they
+            decrease) pads rows that have fewer: the solve ends at the last time that is finite, and states behind it are NaN. That
+            is no failure. `Layers` divides its layers among all times, and takes no such padding.
         args: any pytree. Floating and complex arrays, and Python floats, get gradients; integer arrays and PRNG keys get none.
             Other leaves, Python ints among them, are static: f may use them as a shape or a count, and each new value compiles
             anew. `jnp.asarray(n)` makes data of an int.
@@ -107,8 +110,9 @@ def solve(
     if spy := _SPY.get():
         f = _Spied(f, spy)
     y0 = _state(y0)
-    ts = _times(ts, y0)
-    solver = solver.checked(y0).over(ts)
+    ts = _times(ts, y0, pads=not solver.layered)
+    padded = not solver.layered and not (concrete(ts) and np.isfinite(np.asarray(ts)).all())
+    solver = solver.checked(y0).over(_unpadded(ts) if padded else ts)
     asked, looks = Asked.of(observe, partial(_looked_at, ts=ts), solver.layered)
     if asked and not adjoint.sees_steps:
         raise ValueError(
@@ -120,7 +124,7 @@ def solve(
     dynamic, static = partition((f, args, solver, asked, looks, stops, jumps), DATA)
     dynamic = [jnp.asarray(x) for x in dynamic]
     checked = all(concrete(x) for x in (ts, stops, jumps and jumps[0], *jax.tree.leaves(solver)))
-    given = y0, ts, dynamic, static, adjoint, (checked, live((y0, ts, dynamic)))
+    given = y0, ts, dynamic, static, adjoint, Known(checked, padded, live((y0, ts, dynamic)))
     _, _, still, _ = static
     norm = getattr(solver, "norm", None)
     functions = *filter(callable, still), solver.method.jac, norm and norm.norm, *asked.functions, *asked.beside
@@ -172,18 +176,26 @@ class _Spied:
 
 
 _REMEDIES = {
-    Status.max_steps: "it needed more than max_steps steps: raise Adaptive(max_steps=...), loosen rtol and atol, or try "
-    "jode.rodas5p if the problem may be stiff",
+    Status.max_steps: "it needed more than max_steps steps: raise Adaptive(max_steps=...), or loosen rtol and atol. Noise in f "
+    "(random numbers, a part of it in float32) wants them above its size, a jump of f wants stops",
     Status.stiff: "the problem is stiff: not the error but stability limited the steps, and max_steps were not enough. Use an "
     "implicit method, Adaptive(jode.rodas5p, ...)",
     Status.step_underflow: "the step shrank below the resolution of time: the solution may blow up there or leave the domain of f, "
-    "or the problem is stiff and wants jode.rodas5p; if none of these, give ts in float64, or measure time from ts[0]",
+    "or f jumps there (give its time as one of stops) or is noisy (loosen rtol and atol); if none of these, give ts in float64, or "
+    "measure time from ts[0]",
     Status.nonfinite_dynamics: "f returned NaN or infinity at the initial state: check y0, args and the domain of f",
     Status.nonfinite_state: "the state became NaN or infinite: check y0, take smaller steps, or use Adaptive",
+    Status.linear_solve: "a linear system of the implicit method was not solved: with bands, f depends on "
+    "components outside of them (widen them, or order the components so that neighbours stand together), or elimination needs "
+    "pivots (use the dense matrix); with krylov, its solver did not converge (give it more iterations, or a looser tolerance)",
     Status.capacity: "an observer had no room for all steps: give it a larger capacity",
-    Status.invalid_input: "numbers known only at run time are out of range: ts must be finite and increase throughout or decrease "
-    "throughout, Fixed's steps lie between 1 and max_steps, its width be above zero, Adaptive's tolerances and first_step not be "
-    "negative, nor both tolerances zero, and its max_step be above zero",
+    Status.invalid_input: "numbers known only at run time are out of range: ts must increase throughout or decrease throughout and "
+    "be finite, but for infinities that pad it at the end, Fixed's steps lie between 1 and max_steps, its width be above zero, "
+    "Adaptive's tolerances and first_step not be negative, nor both tolerances zero, and its max_step be above zero",
+}
+_FOR_EXPLICIT = {
+    Status.max_steps: ". If the problem may be stiff, try an implicit method, Adaptive(jode.rodas5p, ...)",
+    Status.step_underflow: ". If the problem may be stiff, try an implicit method, Adaptive(jode.rodas5p, ...)",
 }
 
 
@@ -211,8 +223,9 @@ def check(sol: Solution) -> Solution:
     saved = f"last good save time {ts[finite][-1]}" if finite.any() else f"no good state, not even at {ts[0]}"
     reached = f"at t = {np.asarray(sol.reached)[row]}, {saved}"
     which = f"trajectory {row[0] if len(row) == 1 else row} of {status.size} ({len(failed)} failed)" if row else "the solve"
-    steps = int(np.asarray(sol.stats.steps)[row])
-    raise SolveError(f"{which} ended with {code.name} after {steps} steps, {reached}: {_REMEDIES[code]}")
+    steps, implicit = int(np.asarray(sol.stats.steps)[row]), bool(np.asarray(sol.stats.factorisations)[row])
+    remedy = _REMEDIES[code] + ("" if implicit else _FOR_EXPLICIT.get(code, ""))
+    raise SolveError(f"{which} ended with {code.name} after {steps} steps, {reached}: {remedy}")
 
 
 def _check_callables(f: Any, y0: Any, solver: Any, adjoint: Any) -> None:
@@ -253,8 +266,11 @@ def _state(y0: Any) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, y0)
 
 
-def _times(ts: Any, y0: Any) -> Any:
-    """The save times as a vector. Arrays keep their dtype; Python numbers and integers take the state's real precision."""
+def _times(ts: Any, y0: Any, pads: bool) -> Any:
+    """The save times as a vector. Arrays keep their dtype; Python numbers and integers take the state's real precision.
+
+    pads: whether the last of them may be infinite.
+    """
     parts = list(ts) if isinstance(ts, (tuple, list)) else [ts]
     given = [t if hasattr(t, "dtype") else np.asarray(t) for t in parts]
     for t in given:
@@ -268,29 +284,52 @@ def _times(ts: Any, y0: Any) -> Any:
     if out.ndim != 1 or out.shape[0] < 2:
         raise ValueError(f"ts must be a vector of at least two save times, the first the initial time; got shape {out.shape}")
     if known:
-        _check_times(np.concatenate([np.asarray(t, np.float64).reshape(-1) for t in given]), np.asarray(out))
+        _check_times(np.concatenate([np.asarray(t, np.float64).reshape(-1) for t in given]), np.asarray(out), pads)
     return out
 
 
-def _check_times(exact: np.ndarray, ts: np.ndarray) -> None:
+def _check_times(exact: np.ndarray, ts: np.ndarray, pads: bool) -> None:
     """Refuse times that are not finite or not in order, and times that differ as they were given but not in the dtype of ts."""
-    if not np.isfinite(ts).all():
-        raise ValueError(f"ts must be finite, got {ts}")
-    steps = np.diff(ts)
-    if not ((steps >= 0).all() or (steps <= 0).all()):
+    finite = np.isfinite(ts)
+    if np.isnan(ts).any() or not finite[0] or not (pads or finite.all()):
+        says = "ts must be finite" if not pads else "ts must be finite, or end in infinities that pad it"
+        raise ValueError(f"{says}, got {ts}")
+    if not _in_order(ts):
         raise ValueError(f"ts must increase throughout or decrease throughout, got {ts}: sort it")
+    exact, ts = exact[finite], ts[finite]
     apart = np.abs(np.diff(exact)) > 4 * np.finfo(np.float64).eps * np.abs(exact[1:])
-    for i in np.flatnonzero(apart & (steps == 0)):
+    for i in np.flatnonzero(apart & (np.diff(ts) == 0)):
         raise ValueError(
             f"ts[{i}] = {float(exact[i])} and ts[{i + 1}] = {float(exact[i + 1])} are the same number in {ts.dtype}: "
             "give ts as a float64 array (with jax_enable_x64), or measure time from ts[0]"
         )
 
 
+def _in_order(ts: Any) -> Any:
+    """Whether times increase throughout or decrease throughout; none of them is NaN then."""
+    return (ts[1:] >= ts[:-1]).all() | (ts[1:] <= ts[:-1]).all()
+
+
+def _unpadded(ts: Any) -> Any:
+    """The times with the last finite one in the place of those that are not: intervals of no length."""
+    xp: Any = np if concrete(ts) else jnp
+    finite = xp.isfinite(ts)
+    last = xp.sum(xp.where(finite & ~xp.concatenate([finite[1:], xp.zeros(1, bool)]), ts, 0))
+    return xp.where(finite, ts, last)
+
+
+def _asked(given: Array, padded: bool, saves: int, saved: Any) -> dict:
+    """Which of the times that are saved are no padding, for the march; `saved` are the places of those given among them."""
+    if not padded:
+        return {}
+    finite = jnp.isfinite(given)
+    return {"asked": finite if saved is None else jnp.ones(saves, bool).at[saved].set(finite)}
+
+
 def _valid(ts: Array, solver: Any, *others: Array | None) -> Array:
     """Whether times and numbers that are traced are such as the checks at the door ask for."""
-    steps = ts[1:] - ts[:-1]
-    valid = jnp.all(jnp.isfinite(ts)) & (jnp.all(steps >= 0) | jnp.all(steps <= 0)) & solver.valid()
+    finite = jnp.isfinite(ts)
+    valid = (jnp.all(finite) if solver.layered else finite[0]) & _in_order(ts) & solver.valid()
     return reduce(jnp.logical_and, [~jnp.any(jnp.isnan(x)) for x in others if x is not None], valid)
 
 
@@ -338,20 +377,29 @@ def _check_stops(solver: Solver, adjoint: Adjoint) -> None:
         raise ValueError(f"{type(adjoint).__name__} solves an ODE without stops or jumps backwards: use jode.Backprop")
 
 
-def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, known: tuple[bool, int]) -> Solution:
-    """known: whether all numbers were checked at the door, and of how many rows the maps around are."""
-    checked, rows = known
+class Known(NamedTuple):
+    """Of a solve where it is traced: whether all numbers were checked at the door, whether save times may be padded, and of how
+    many rows the maps around are.
+    """
+
+    checked: bool
+    padded: bool
+    rows: int
+
+
+def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, known: Known) -> Solution:
     f, args, solver, asked, looks, stops, jumps = merge(dynamic, static)
-    y, ts, beside = y0, jnp.asarray(ts), bool(asked.beside)
+    y, given, beside = y0, jnp.asarray(ts), bool(asked.beside)
+    ts = _unpadded(given) if known.padded else given
     if beside:
         leaves, treedef = jax.tree.flatten(args)
         first = jax.tree.unflatten(treedef, [x[0] if m else x for x, m in zip(leaves, solver.leading(args), strict=True)])
         y0 = asked.initial(ts[0], y, first)
     layout = Layout.of(y0)
     solver.method.check(y)
-    given, valid, packed = ts, None, layout.pack(jax.tree.leaves(y0))
-    if not checked:  # an invalid trajectory starts from NaN and goes nowhere, like any other that fails at its start
-        valid = _valid(ts, solver, stops, jumps and jumps[0])
+    valid, packed = None, layout.pack(jax.tree.leaves(y0))
+    if not known.checked:  # an invalid trajectory starts from NaN and goes nowhere, like any other that fails at its start
+        valid = _valid(given, solver, stops, jumps and jumps[0])
         ts = jnp.where(valid, ts, 0)
         packed = tuple(jnp.where(valid, x, nan_unless(valid, jnp.zeros_like(x))) for x in packed)
         solver = jax.tree.map(lambda x: x if isinstance(x, int) else jnp.where(valid, x, 1).astype(x.dtype), solver)
@@ -377,8 +425,8 @@ def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, known: tu
     watches = asked.placed(outs, saves, most, method)
     if beside:
         method = Observed(method, layout.leading(len(jax.tree.leaves(y))))
-    plan = Plan(closed, replace(solver.static, method=method), layout, saves, ts.dtype, steps, weights, watches, rows)
-    outcome = adjoint.solve(plan, Problem(ts, packed, params, solver.numbers))
+    plan = Plan(closed, replace(solver.static, method=method), layout, saves, ts.dtype, steps, weights, watches, known.rows)
+    outcome = adjoint.solve(plan, Problem(ts, packed, params, {**solver.numbers, **_asked(given, known.padded, saves, saved)}))
     stats, status, reached = outcome.stats, outcome.status, outcome.reached
     if valid is not None:
         stats = jax.tree.map(lambda n: jnp.where(valid, n, 0), stats)
@@ -411,7 +459,7 @@ _TRACES = [0]  # how many there were
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5), static_argnames=("key",), inline=True)
-def _solve_jitted(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, known: tuple, *, key: Any) -> Solution:
+def _solve_jitted(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, known: Known, *, key: Any) -> Solution:
     """`_solve`, compiled; key: what its functions depend on besides."""
     _TRACES[0] += 1
     return _solve(y0, ts, dynamic, static, adjoint, known)

@@ -23,7 +23,15 @@ WRONG = {
     "one time": (lambda: jode.solve(f, Y0, (0.0,)), ValueError, "at least two save times"),
     "unsorted ts": (lambda: jode.solve(f, Y0, (0.0, 2.0, 1.0)), ValueError, "sort it"),
     "NaN time": (lambda: jode.solve(f, Y0, (0.0, np.nan)), ValueError, "ts must be finite"),
-    "infinite time": (lambda: jode.solve(f, Y0, (0.0, np.inf)), ValueError, "ts must be finite"),
+    "infinite start": (lambda: jode.solve(f, Y0, (-np.inf, 0.0, 1.0)), ValueError, "ts must be finite, or end in infinities"),
+    "padding in front": (lambda: jode.solve(f, Y0, (0.0, np.inf, 1.0)), ValueError, "sort it"),
+    "padding of the wrong sign": (lambda: jode.solve(f, Y0, (0.0, 1.0, -np.inf)), ValueError, "sort it"),
+    "padding and NaN": (lambda: jode.solve(f, Y0, (0.0, 1.0, np.nan, np.inf)), ValueError, "ts must be finite"),
+    "padded layers": (
+        lambda: jode.solve(lambda t, y, w: w * y, Y0, (0.0, 1.0, np.inf), jnp.ones(4), solver=jode.Layers(jode.euler)),
+        ValueError,
+        "ts must be finite, got",
+    ),
     "complex time": (lambda: jode.solve(f, Y0, (0.0, 1j)), TypeError, "ts must be real"),
     "a method for a solver": (lambda: jode.solve(f, Y0, TS, solver=jode.rk4), TypeError, r"write Fixed\(jode.rk4, steps\)"),
     "an adaptive method for a solver": (
@@ -125,6 +133,102 @@ def test_tolerances_below_the_dtype_are_raised_with_a_warning():
 def test_integer_slopes_and_integer_times_are_right():
     y = jode.odeint(lambda t, y, a: jnp.array([2, 3]), Y0, (0, 2))
     np.testing.assert_allclose(y[-1], [5.0, 8.0], rtol=1e-12)
+
+
+# --- save times padded by infinity
+
+PADDED = np.array([[0.0, 0.5, 1.0, 2.0], [0.0, 0.7, np.inf, np.inf], [0.0, np.inf, np.inf, np.inf], [0.0, 0.1, 0.2, np.inf]])
+COUNTS, STARTS = [4, 2, 1, 3], jnp.array([1.0, 2.0, 3.0, 0.5])
+SOLVERS = {
+    "fixed": jode.Fixed(jode.rk4, 5),
+    "width": jode.Fixed(jode.heun, width=0.05, max_steps=99),
+    "adaptive": jode.Adaptive(jode.tsit5, 1e-8, 1e-8),
+    "implicit": jode.Adaptive(jode.rodas5p, 1e-6, 1e-6),
+}
+PADS = [("fixed", jode.Backprop()), ("adaptive", jode.Backprop(2)), ("adaptive", jode.Backsolve()), ("fixed", jode.MemoryFree())]
+PADS += [("width", jode.MemoryFree()), ("width", jode.Backsolve()), ("implicit", jode.Backprop()), ("adaptive", jode.MemoryFree())]
+
+
+def wave(t, y, a):
+    return -a * y * jnp.cos(t)
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["forwards", "backwards"])
+@pytest.mark.parametrize(
+    ("name", "adjoint"), [pytest.param(*p, marks=() if i < 4 else pytest.mark.sweep) for i, p in enumerate(PADS)]
+)
+def test_infinity_pads_save_times_of_rows_that_have_fewer(name, adjoint, sign):
+    """States, gradients and forward derivatives are those of each row without its padding; what pads is NaN, and no failure."""
+    run = lambda y, ts, a: jode.solve(wave, y, ts, a, solver=SOLVERS[name], adjoint=adjoint)
+    ts, there, weights = sign * PADDED, np.isfinite(PADDED), jnp.arange(1.0, 5.0)[None]
+    solve = lambda y, ts, a: jax.vmap(run, (0, 0, None))(y, ts, a)
+    masked = lambda ys, ts: jnp.sum(weights * jnp.where(jnp.isfinite(ts), ys, 0) ** 2)
+    loss = lambda y, ts, a: masked(solve(y, ts, a).ys, ts)
+    moved = (jnp.ones(4), jnp.where(there, 0.5, 0.0), 1.0)
+
+    @jax.jit
+    def everything(y, ts, a):
+        along = jax.jvp(loss, (y, ts, a), moved)[1]
+        whole = jax.grad(lambda a: jnp.sum(solve(y, ts, a).ys))(a)  # of what is NaN
+        return solve(y, ts, a), jax.grad(loss, (0, 1, 2))(y, ts, a), along, whole
+
+    def truth(y, ts, a):
+        grows = lambda t: jnp.exp(-a * jnp.sin(t))
+        return masked(y[:, None] / grows(ts[:, :1]) * grows(jnp.where(there, ts, 0)), ts)
+
+    sol, gradient, along, whole = everything(STARTS, ts, 1.3)
+    error = 3e-3 if name == "width" else 1e-4
+    np.testing.assert_array_equal(sol.status, jode.Status.success)
+    np.testing.assert_array_equal(sol.reached, [t[n - 1] for t, n in zip(ts, COUNTS, strict=True)])
+    np.testing.assert_array_equal(np.isfinite(sol.ys), there)
+    np.testing.assert_array_equal(sol.ts, ts)
+    for g, true in zip(gradient, jax.grad(truth, (0, 1, 2))(STARTS, ts, 1.3), strict=True):
+        np.testing.assert_allclose(g, true, rtol=10 * error, atol=10 * error)
+    assert (np.asarray(gradient[1])[~there] == 0).all()
+    np.testing.assert_allclose(along, jax.jvp(truth, (STARTS, ts, 1.3), moved)[1], rtol=10 * error)
+    assert np.isnan(whole)
+    for i in (1, 2, 3):
+        alone = run(STARTS[i], ts[i], 1.3)  # known when traced
+        assert alone.status == jode.Status.success
+        np.testing.assert_allclose(alone.ys, sol.ys[i], rtol=error)
+        cut = run(STARTS[i], ts[i, : max(COUNTS[i], 2)] if i != 2 else (0.0, 0.0), 1.3).ys[: COUNTS[i]]
+        np.testing.assert_allclose(cut, sol.ys[i, : COUNTS[i]], rtol=error if name == "width" else 1e-12)
+
+
+@pytest.mark.parametrize("name", ["fixed", "adaptive"])
+def test_what_happens_on_the_way_does_not_see_padding(name):
+    """Stops, jumps, an event that ends, and observers, each row as without its padding."""
+    observe = {"at": jode.At(jnp.array([0.05, 0.15]), lambda t, y, a: y), "hit": jode.Event(lambda t, y, a: y - 0.45)}
+    jumps = (jnp.array([0.15, 0.6]), lambda t, y, a: y + a)
+
+    def run(y, ts, a):
+        return jode.solve(wave, y, ts, a, solver=SOLVERS[name], stops=[0.12], jumps=jumps, observe=observe)
+
+    batch = jax.vmap(run, (0, 0, None))(STARTS, PADDED, 1.3)
+    for i in (1, 3) if name == "fixed" else (3,):
+        cut = run(STARTS[i], PADDED[i, : COUNTS[i]], 1.3)
+        assert batch.status[i] == cut.status
+        np.testing.assert_allclose(batch.reached[i], cut.reached, rtol=1e-12)
+        for a, b in zip(jax.tree.leaves((batch.ys[i, : COUNTS[i]], jax.tree.map(lambda x: x[i], batch.observed))),
+                        jax.tree.leaves((cut.ys, cut.observed)), strict=True):  # fmt: skip
+            np.testing.assert_allclose(a, b, rtol=1e-9)
+
+
+@pytest.mark.parametrize("again", [jax.grad, pytest.param(jax.jacfwd, marks=pytest.mark.sweep)])
+def test_second_derivatives_do_not_see_padding(again):
+    last = lambda a, ts: jode.odeint(wave, 0.5, ts, a, solver=SOLVERS["fixed"])[2]
+    twice = jax.jit(again(jax.grad(last)))
+    np.testing.assert_allclose(twice(1.3, PADDED[3]), twice(1.3, PADDED[3, :3]), rtol=1e-9)
+
+
+def test_traced_times_that_are_padded_wrongly_are_invalid_input():
+    run = jax.jit(lambda ts, solver: jode.solve(f, Y0, ts, solver=solver))
+    wrong = [(0.0, np.inf, 1.0), (0.0, 1.0, -np.inf), (np.inf, np.inf, np.inf), (0.0, 1.0, np.nan), (-np.inf, 0.0, 1.0)]
+    sol = jax.vmap(lambda ts: run(ts, jode.Adaptive()))(jnp.array([*wrong, (0.0, 1.0, np.inf)]))
+    np.testing.assert_array_equal(sol.status == jode.Status.invalid_input, [True] * 5 + [False])
+    assert np.isnan(sol.ys[:5]).all()
+    layers = jax.jit(lambda ts: jode.solve(lambda t, y, w: w * y, Y0, ts, jnp.ones(4), solver=jode.Layers(jode.euler)))
+    assert layers(jnp.array([0.0, 1.0, np.inf])).status == jode.Status.invalid_input
 
 
 @pytest.mark.parametrize("solver", [jode.Fixed(jode.rk4, 4), jode.Adaptive()], ids=["fixed", "adaptive"])

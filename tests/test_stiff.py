@@ -426,6 +426,77 @@ def test_systems_that_are_not_solved_are_steps_that_are_tried_again(way):
     assert sol.stats.rejected > 0
 
 
+def ring(t, y, c):
+    """A chain of pairs, whose ends touch where c is not zero."""
+    wide = jnp.concatenate([c * y[-1:], y, c * y[:1]])
+    return 300 * jnp.diff(wide, 2) - y**3 + jnp.sin(t)
+
+
+def sleeping(t, y, c):
+    """Far components meet only where the first one has grown."""
+    return -50 * y + 1.0 + 50 * c * jnp.maximum(y[0] - 0.01, 0) * y[::-1]
+
+
+def narrow(f, dtype=jnp.float64):
+    """Solves with the bands that f has where c is 0, by both controls: how it ended and at which numbers."""
+    y0 = (jnp.sin(jnp.arange(1.0, 13)) / 30).at[0].set(0).astype(dtype)
+    method = replace(jode.rodas5p, bands=(1, 1))
+    solvers = jode.Adaptive(method, 1e-4, 1e-4, max_steps=1000), jode.Fixed(method, 40)
+    return [lambda c, s=s: jode.solve(f, y0, np.array([0, 0.05, 0.5], dtype), c, solver=s) for s in solvers]
+
+
+@pytest.mark.parametrize(("f", "dtype"), [(ring, jnp.float64), (ring, jnp.float32), (sleeping, jnp.float64)])
+def test_bands_that_f_does_not_keep_to_are_told_in_their_rows(f, dtype):
+    """Also where f leaves them late, and by little; rows that keep to them arrive, and have gradients."""
+    c = jnp.array([0.0, 1.0, 0.1, 0.0], dtype)
+    for run in narrow(f, dtype):
+        sol = jax.jit(jax.vmap(run))(c)
+        np.testing.assert_array_equal(sol.status, np.where(c == 0, jode.Status.success, jode.Status.linear_solve))
+        assert np.isnan(sol.ys[1:3, -1]).all()
+        assert np.isfinite(sol.ys[::3]).all()
+        with pytest.raises(
+            jode.SolveError, match=r"trajectory 1 of 4 \(2 failed\) ended with linear_solve.*with bands, f depends on"
+        ):
+            jode.check(sol)
+    loss = lambda k: jnp.sum(jnp.where(sol.status == 0, jax.vmap(lambda c: run(k * c).ys[-1, 1])(c), 0))
+    assert dtype == jnp.float32 or np.isfinite(jax.jit(jax.grad(loss))(1.0))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e9], ids=str)
+def test_bands_that_f_keeps_to_are_never_called_wrong(scale):
+    """Single precision, sizes nine orders apart, what is subtracted again, several leaves, and observers beside."""
+
+    def f(t, y, c):
+        u, v = y["u"] * scale, y["v"]
+        return {"u": (-1e3 * u + 5e3 * v[0] - 5e3 * v[0]) / scale, "v": jnp.diff(jnp.pad(v, 1), 2) * 1e3 - v**3}
+
+    y0 = {"u": jnp.ones(1, jnp.float32), "v": jnp.sin(jnp.arange(1.0, 9)).astype(jnp.float32)}
+    solver = jode.Adaptive(replace(jode.rodas5p, bands=(1, 1)), 1e-3, 1e-3)
+    sol = jode.solve(f, y0, (0.0, 1.0), solver=solver, observe=jode.Steps())
+    assert sol.status == jode.Status.success
+    assert sol.stats.steps < 60
+
+
+@pytest.mark.parametrize(
+    "solver", [jode.Adaptive(jode.rodas5p, max_steps=60), jode.Fixed(jode.rodas5p, 4)], ids=["adaptive", "fixed"]
+)
+def test_a_krylov_solver_that_does_not_converge_is_named(solver):
+    """And not the solution; where f leaves its domain the solver is not to blame. No remedy names the method that is in use."""
+    few = lx.GMRES(rtol=1e-10, atol=1e-10, restart=2, max_steps=2)
+    run = lambda f, a, k: jode.solve(
+        f, jnp.sin(jnp.arange(1.0, 10)), (0.0, 1.0), a, solver=replace(solver, method=replace(solver.method, krylov=k))
+    )
+    sol = run(chain, 1.3, few)
+    assert sol.status == jode.Status.linear_solve
+    assert jnp.isnan(sol.ys[-1]).all()
+    with pytest.raises(jode.SolveError, match=r"linear_solve.*with krylov, its solver did not converge"):
+        jode.check(sol)
+    leaves = run(lambda t, y, a: -a * y * jnp.sqrt(0.5 - t), 1.3, lx.GMRES(rtol=1e-8, atol=1e-8))
+    assert leaves.status in (jode.Status.step_underflow, jode.Status.max_steps, jode.Status.nonfinite_state)
+    with pytest.raises(jode.SolveError, match=r"^((?!rodas5p).)*$"):
+        jode.check(leaves)
+
+
 def test_a_jacobian_of_nan_harms_no_other_row():
     """sqrt(|y|) at zero: f is finite, its derivative is not. Gradients of what rows share are those of the others."""
     f = lambda t, y, a: -a * 1e3 * (y - jnp.sqrt(jnp.abs(y)))
@@ -492,6 +563,40 @@ def test_what_is_not_stiff_is_not_called_so(field):
     }
     sol = jode.solve(fields[field], jnp.ones(2), (0.0, 300.0), solver=jode.Adaptive(max_steps=300))
     assert sol.status == jode.Status.max_steps
+
+
+def hashed(y, s):
+    """Numbers in (-1, 1) that no neighbouring y has."""
+    x = 43758.5453 * jnp.sin(1e9 * y + s)
+    return 2 * (x - jnp.floor(x)) - 1
+
+
+NOISE = {
+    "each": lambda t, y, s: -y + hashed(y, s),
+    "all": lambda t, y, s: -y + 1e-3 * jnp.sin(1e12 * jnp.sum(y) + s),
+    "by time": lambda t, y, s: -y + hashed(t, s),
+    "single": lambda t, y, s: (jnp.sin(y.astype(jnp.float32) * (1 + s.astype(jnp.float32)))).astype(y.dtype) - y,
+}
+
+
+@pytest.mark.parametrize("name", NOISE)
+@pytest.mark.parametrize("n", [1, pytest.param(5, marks=pytest.mark.sweep)])
+def test_noise_is_not_called_stiff(name, n):
+    """Differences of noise have the sign of an eigenvalue that is negative in half of all cases, and agree in one of a hundred. The
+    remedy names it.
+    """
+    solver = jode.Adaptive(jode.tsit5, 1e-7, 1e-7, max_steps=100)
+    sol = jax.jit(jax.vmap(lambda s: jode.solve(NOISE[name], 1.1 * jnp.ones(n), (0.0, 50.0), s, solver=solver)))(jnp.arange(300.0))
+    assert np.mean(sol.status == jode.Status.stiff) <= 0.01
+    assert np.mean(sol.status == jode.Status.max_steps) > 0.9
+    with pytest.raises(jode.SolveError, match=r"max_steps.*Noise in f \(random numbers, a part of it in float32\)"):
+        jode.check(sol)
+
+
+def test_what_is_stiff_is_called_so_beside_noise_that_is_smaller():
+    f = lambda t, y, a: -a * (y - jnp.cos(t)) + 1e-7 * hashed(y, a)
+    sol = jode.solve(f, jnp.ones(3), (0.0, 5.0), 1e4, solver=jode.Adaptive(max_steps=200))
+    assert sol.status == jode.Status.stiff
 
 
 def test_a_batch_of_which_some_are_a_thousand_times_stiffer():

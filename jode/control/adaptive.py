@@ -26,7 +26,8 @@ _static: Any = partial(field, metadata={"static": True})
 
 class Progress(NamedTuple):
     """The carry of the control, in columns: the time reached, the width of the next step (0 where a row is done), the scaled
-    errors of the last steps; how many steps were accepted and tried, and how often the loop ran.
+    errors of the last steps; how many steps were accepted and tried, and how often the loop ran; and whether the last step that was
+    not accepted had a system that was not solved, for a method that says so.
     """
 
     t: Array
@@ -35,6 +36,7 @@ class Progress(NamedTuple):
     accepted: Array
     tried: Array
     loops: Array
+    unsolved: Any = ()
 
 
 @jax.tree_util.register_dataclass
@@ -153,7 +155,7 @@ class Adaptive(Solver):
         zero = jnp.zeros(t0.shape, jnp.int32)
         errors = (jnp.ones_like(t0),) * (2 if self.dcoeff else 1 if self.pcoeff else 0)
         h = reach(march.save_times(problem)[-1], t0, width)
-        return Progress(t0, h, errors, zero, zero, jnp.zeros((), jnp.int32))
+        return Progress(t0, h, errors, zero, zero, jnp.zeros((), jnp.int32), zero > 0 if self.method.solves else ())
 
     def first_width(self, march: Any, problem: Problem, t: Array, y: State, slope: State) -> Array:
         """The width of a first step from t, where no step says how wide it may be."""
@@ -187,6 +189,8 @@ class Adaptive(Solver):
         h = reach(t1, t, _bounded(problem, h * self._factor(e, c.errors).astype(h.dtype)))
         accepted, tried = c.accepted + (accept & active).astype(jnp.int32), c.tried + active.astype(jnp.int32)
         c = c._replace(t=t, h=h, errors=errors, accepted=accepted, tried=tried, loops=c.loops + 1)
+        if self.method.solves:
+            c = c._replace(unsolved=jnp.where(active & ~accept, ~march.rows.spread(step.ok), c.unsolved))
         return accept, self.judged(march, problem, c, accept)
 
     def target(self, march: Any, problem: Problem, c: Any) -> Array:
@@ -240,6 +244,7 @@ class Adaptive(Solver):
         unmoved = (p.accepted == 0) & ~rows.finite(slope)
         stuck = jnp.where(unmoved, int(Status.nonfinite_dynamics), int(Status.step_underflow))
         status = jnp.where(p.h == 0, stuck, int(Status.max_steps))
+        status = jnp.where(p.unsolved, int(Status.linear_solve), status) if self.method.solves else status
         stiff = stability_limited(march, problem, p.h != 0, p.t, p.h, c.s, c.slope)
         status = jnp.where(stiff, int(Status.stiff), status)
         status = jnp.where(self.arrived(march.save_times(problem), p), int(Status.success), status)

@@ -33,6 +33,7 @@ class Status(IntEnum):
     capacity = 6
     event = 7
     stiff = 8
+    linear_solve = 9
 
 
 class Stats(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,15 @@ _static: Any = partial(field, metadata={"static": True})
 
 
 _MOST = 2**30  # steps in an interval
+
+
+class Taken(NamedTuple):
+    """The carry of the control: whether a step of a row had a system that was not solved, a column, for a method that says so; and
+    the states before resets, where they are kept.
+    """
+
+    unsolved: Any = ()
+    before: Any = ()
 
 
 class Equal(Solver):
@@ -49,14 +58,16 @@ class Equal(Solver):
             h = jnp.where(k < steps, h, 0)
         return t, h
 
-    def init(self, march: Any, problem: Problem, s: State, slope: State | None) -> tuple:
-        return ()
+    def init(self, march: Any, problem: Problem, s: State, slope: State | None) -> Taken:
+        return Taken(march.rows.spread(jnp.zeros((), bool)) if self.method.solves else ())
 
-    def window(self, march: Any, problem: Problem, place: tuple, carry: tuple) -> Window:
+    def window(self, march: Any, problem: Problem, place: tuple, carry: Taken) -> Window:
         a, b, k, i = place
         return march.window(problem, *self.span(march, problem, a, b, k), i)
 
-    def judge(self, march: Any, problem: Problem, carry: tuple, window: Window, s: State, step: Step) -> tuple[Any, tuple]:
+    def judge(self, march: Any, problem: Problem, carry: Taken, window: Window, s: State, step: Step) -> tuple[Any, Taken]:
+        if self.method.solves:
+            carry = carry._replace(unsolved=carry.unsolved | ~march.rows.spread(step.ok))
         return (None if window.still is None else ~window.still), carry
 
     def drive(self, march: Any, problem: Problem, loop: Any, c: Any) -> tuple[Any, Any]:
@@ -83,10 +94,12 @@ class Equal(Solver):
         return march.rows.spread(last & (i % bound == self.count(march, problem) - 1))
 
     def report(self, march: Any, problem: Problem, c: Any, good: Array, slope: Any) -> tuple[Array, Array, Array, Array]:
-        status = jnp.where(good[-1], int(Status.success), int(Status.nonfinite_state)).astype(jnp.int32)
+        status = jnp.where(good[-1], int(Status.success), int(Status.nonfinite_state))
+        if self.method.solves:
+            status = jnp.where(~good[-1] & c.control.unsolved, int(Status.linear_solve), status)
         last = jnp.maximum(jnp.sum(good, axis=0, dtype=jnp.int32) - 1, 0)  # what is not finite stays so
         steps = (march.plan.saves - 1) * jnp.asarray(self.count(march, problem), jnp.int32)
-        return status, march.rows.pick(problem.ts, last), steps, steps
+        return status.astype(jnp.int32), march.rows.pick(problem.ts, last), steps, steps
 
     def ends(self, march: Any, problem: Problem, grid: Grid, i: Array, left: Any = None) -> tuple[tuple, Callable]:
         bound = self.bound(march, problem)

@@ -81,7 +81,7 @@ class FixedStops(Fixed):
     def static(self) -> Fixed:
         return replace(super().static, marks=None)
 
-    def window(self, march: Any, problem: Problem, place: tuple, carry: tuple) -> Window:
+    def window(self, march: Any, problem: Problem, place: tuple, carry: Any) -> Window:
         window = super().window(march, problem, place, carry)
         return self.limited(march, problem, Grid((), (), (), (), (), ()), place[-1], window)
 
@@ -95,14 +95,15 @@ class FixedStops(Fixed):
         return march.rows.spread(jnp.where(i % bound == bound - 1, i // bound + 1, -1))
 
     def init(self, march: Any, problem: Problem, s: State, slope: State | None) -> Any:
-        return stack_zeros(march.plan.saves, s) if march.keeps_resets else ()
+        carry = super().init(march, problem, s, slope)
+        return carry._replace(before=stack_zeros(march.plan.saves, s)) if march.keeps_resets else carry
 
     def between(self, march: Any, problem: Problem, j: Array, c: Any) -> Any:
-        kept = put(c.control, j, c.s) if march.keeps_resets else ()
-        return c._replace(s=march.reset(problem, march.rows.spread(jnp.asarray(j, jnp.int32)), c.s), control=kept)
+        control = c.control._replace(before=put(c.control.before, j, c.s)) if march.keeps_resets else c.control
+        return c._replace(s=march.reset(problem, march.rows.spread(jnp.asarray(j, jnp.int32)), c.s), control=control)
 
     def reset_states(self, carry: Any) -> Any:
-        return carry
+        return carry.before
 
 
 class Stopped(NamedTuple):
@@ -117,6 +118,7 @@ class Stopped(NamedTuple):
     accepted: Array
     tried: Array
     loops: Array
+    unsolved: Any
     behind: Array
     node: Array
     end: Array

@@ -268,6 +268,14 @@ class March:
             reached=jnp.where(over, sign * jnp.maximum(sign * end, saved), outcome.reached),
         )
 
+    def _unpadded(self, problem: Problem, outcome: Outcome) -> Outcome:
+        """The outcome without states at save times that only pad those of a row: nothing is known there, and nothing failed."""
+        if "asked" not in problem.numbers:
+            return outcome
+        asked = jax.vmap(self.rows.spread)(problem.numbers["asked"])
+        ys = tuple(nan_unless(self.rows.over_time(asked), x) for x in outcome.ys)
+        return outcome._replace(ys=ys, good=outcome.good & asked)
+
     def _whole(self, watch: Any, tables: State, status: Array) -> State:
         """The tables of an observer, NaN in rows that failed if its entry is of the whole solve."""
         if not watch.whole:
@@ -310,7 +318,7 @@ class March:
         observed = tuple(self._whole(w, w.read(m), status) for w, m in watched)
         jacobians = tried * method.jacobians if method.jacobians else jnp.zeros((), jnp.int32)
         stats = Stats(nfe, tried, accepted, tried - accepted, backward, jacobians, jacobians)
-        return self._ended(problem, Outcome(ys, observed, good, stats, status, reached))
+        return self._unpadded(problem, self._ended(problem, Outcome(ys, observed, good, stats, status, reached)))
 
     # --- a slot of the grid again, and back
 

@@ -43,6 +43,7 @@ class Method:
     stability: float | None = None  # h λ may lie in (-stability, 0); None where that is not known, or unbounded
     jac: Callable | None = None  # ∂f/∂y as the user gave it, a function of (t, y, args)
     parts: int = 1  # copies of the shape of y in s
+    solves: bool = False  # systems that it may not have solved: a step that is not ok then says so
     growth: float = 1.0  # of a rounding error in s through one inverse step, where that is known
     measured: tuple[int, ...] | None = None  # components of each vector that errors are measured by, the first ones; None: all
     exact: bool = False  # whether `inverse` inverts `step` up to rounding

@@ -6,7 +6,7 @@ Solutions are differentiable in every mode: a derivative is one more solve with 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -74,6 +74,13 @@ def implicit(matvec: Callable, apply: Callable, back: Callable | None = None) ->
     """r -> x of matvec(x) = r, where apply(r) is x, with the derivatives of the system; back is the transpose of apply."""
     back = back or (lambda r: jax.linear_transpose(apply, r)(r)[0])
     return lambda r: jax.lax.custom_linear_solve(matvec, r, lambda _, r: apply(r), lambda _, r: back(r))
+
+
+def posed(*xs: Array) -> Array:
+    """Whether systems are made of numbers, with norms that are: those of a step that left the domain of f are not, and no solver
+    is to blame.
+    """
+    return reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x * x), axis=-1) for x in map(jax.lax.stop_gradient, xs)])
 
 
 # --- matrices
@@ -243,11 +250,12 @@ def factored(W: Array) -> Callable:
 
 
 def banded(window: Window, s: State, gamma: float, lower: int, upper: int) -> System:
-    """By the bands of the matrix: lower + upper + 1 forward derivatives of f, whose directions share no component of f.
+    """By the bands of the matrix: lower + upper + 1 forward derivatives of f, whose directions share no component of f, and one
+    more, by which the bands are checked.
 
     W is a block tridiagonal matrix with blocks of size m = max(lower, upper), eliminated block by block: O(n m²) products. Pivots
     are chosen within blocks alone, so the residual is looked at: a system that is not solved to 1e-3 (in float32, else 1e-6) has
-    failed.
+    failed. So has one whose matrix has more than these bands: J v is not B v, to half of the digits of |B| |v|.
     """
     rows, y = window.rows, joined(window.rows, s)
     n = y.shape[rows.component_axis]
@@ -255,8 +263,16 @@ def banded(window: Window, s: State, gamma: float, lower: int, upper: int) -> Sy
     m = max(lower, upper, 1)
     colours, blocks = lower + upper + 1, -(-n // m)
     size, i = blocks * m, np.arange(blocks * m)
-    slope, bend, moved = along(window, s, jnp.asarray(i[:n] % colours == np.arange(colours)[:, None]))
-    moved = jnp.moveaxis(jax.vmap(rows.from_layout)(moved), 0, -1)  # (..., n, colours)
+    v = np.cos(3.0 * i[:n])  # of no symmetry
+    directions = np.concatenate([i[:n] % colours == np.arange(colours)[:, None], v[None]])
+    slope, bend, moved = along(window, s, jnp.asarray(directions, y.dtype))
+    moved = jnp.moveaxis(jax.vmap(rows.from_layout)(moved), 0, -1)  # (..., n, colours), and J v behind them
+    Jv, moved = jax.lax.stop_gradient(moved[..., -1]), moved[..., :-1]
+    first = i[:n, None] - lower
+    j = first + (np.arange(colours) - first) % colours  # the column, within the bands of row i, of each colour
+    of_colours = np.where((j >= 0) & (j < n), v[np.clip(j, 0, n - 1)], 0)
+    Bv = jax.lax.stop_gradient(moved) * jnp.asarray(of_colours, y.dtype).reshape(*[1] * (moved.ndim - 2), n, colours)
+    beyond = jnp.max(jnp.abs(Jv - jnp.sum(Bv, -1)), -1) > jnp.finfo(y.dtype).eps ** 0.5 * jnp.max(jnp.sum(jnp.abs(Bv), -1), -1)
     moved = jnp.pad(moved, [(0, 0)] * (moved.ndim - 2) + [(0, size - n), (0, 0)])
 
     def blocks_of(first: int) -> Array:
@@ -281,6 +297,7 @@ def banded(window: Window, s: State, gamma: float, lower: int, upper: int) -> Sy
         x = apply(r_)
         far = jax.lax.stop_gradient(jnp.max(jnp.abs(matvec(x) - r_), axis=-1))
         ok = far <= limit * jax.lax.stop_gradient(jnp.max(jnp.abs(r_), axis=-1))
+        ok = (ok & ~beyond) | ~posed(Jv, r_)
         return parted(rows, rows.to_layout(x, True), s), rows.column(ok)
 
     return System(slope, bend, solve)
@@ -350,7 +367,7 @@ def krylov(window: Window, s: State, gamma: float, solver: Any) -> System:
         w = (gamma * window.h).astype(y.dtype)
         W = lx.FunctionLinearOperator(lambda x: x - w * J(x), jax.eval_shape(lambda: y))
         found = lx.linear_solve(W, r, solver, throw=False)
-        return found.value, found.result == lx.RESULTS.successful
+        return found.value, (found.result == lx.RESULTS.successful) | ~posed(r)
 
     def solve(r: State) -> tuple[State, Array]:
         x, ok = window.each(one, y, rows.from_layout(joined(rows, r)))

@@ -33,9 +33,11 @@ class Rosenbrock(Method):
     jac: jac(t, y, args) -> ∂f/∂y as `jax.jacfwd(f, 1)` gives it, where you know a cheaper way than forward derivatives. The order
         holds for the exact Jacobian alone.
     bands: (l, u), where component i of f depends on components i - l … i + u of y alone (y raveled, its leaves one after another):
-        then l + u + 1 forward derivatives are enough, and O(n) products. Wrong bands are a wrong Jacobian.
+        then l + u + 1 forward derivatives are enough, and O(n) products. Each step compares one more derivative with the bands: a
+        row in which they are wrong ends in `Status.linear_solve`.
     krylov: an iterative solver of lineax, such as `lineax.GMRES(rtol=1e-8, atol=1e-8)`, for states whose matrix is too
-        large; a system that it does not solve rejects the step.
+        large; a system that it does not solve rejects the step, and a row whose steps cannot do without it ends in
+        `Status.linear_solve`.
     """
 
     tableau: RosenbrockTableau
@@ -52,7 +54,7 @@ class Rosenbrock(Method):
             raise ValueError(f"{self!r}: bands must be two ints, how many below and above the diagonal, got {self.bands!r}")
         t = self.tableau
         of_t = {"order": t.order, "embedded_order": t.embedded_order, "error": (t.error,), "dense": t.dense}
-        self.__dict__.update(of_t, evaluations=t.stages, trials=t.stages, jacobians=1)
+        self.__dict__.update(of_t, evaluations=t.stages, trials=t.stages, jacobians=1, solves=bool(self.bands or self.krylov))
 
     def __repr__(self) -> str:
         return f"jode.{self.tableau.name}"
@@ -77,7 +79,7 @@ class Rosenbrock(Method):
 
     def step(self, window: Window, s: State, slope: Any = ()) -> Step:
         if not any(x.size for x in s):  # nothing to solve
-            return Step(s, [s] * self.tableau.stages)
+            return Step(s, [s] * self.tableau.stages, window.rows.spread(jnp.ones((), bool)) if self.solves else None)
         return self._looped(window, s) if window.long else self._written_out(window, s)
 
     def _written_out(self, window: Window, s: State) -> Step:

@@ -70,6 +70,7 @@ class Observed(Method):
             "dense",
             "jacobians",
             "stability",
+            "solves",
         )
         self.__dict__.update({name: getattr(self.method, name) for name in names})
 
