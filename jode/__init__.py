@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jode import config as config
 from jode.adjoint import Adjoint, Backprop, Backsolve, MemoryFree
 from jode.control import Adaptive, Fixed, Layers, Stats, Status
 from jode.depth import resnet

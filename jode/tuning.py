@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from jode import config
+
 # Components up to which a state is small. For small states the rows of a batch lie last: Lotka-Volterra, 10,000 rows, Tsit5 takes
 # 1.7 µs a trajectory so, and 4.6 µs with rows first. For large ones each row is whole, as matrix products and convolutions want it.
 SMALL = 32
@@ -50,6 +52,9 @@ PRODUCT, PRODUCTS = 10, {"dot_general", "conv_general_dilated"}
 # What only moves numbers.
 MOVES = {"broadcast_in_dim", "concatenate", "convert_element_type", "pad", "reshape", "rev", "slice", "squeeze", "transpose"}
 
+# Versions of JAX, of which XLA's source was read or whose programs were tried at random (`python -m benchmarks.fuzz`).
+TRIED = {(0, 7), (0, 8), (0, 9), (0, 10), (0, 11), (0, 12)}
+
 # Reversible methods and MemoryFree: over n / SEGMENTS steps backwards a rounding error grows at most by GROWTH.
 SEGMENTS, GROWTH = 16, 100.0
 
@@ -61,12 +66,14 @@ def one_function(platform: str | None, state: int, times: int, backwards: bool) 
     vectorised less well. The gradient of Lorenz' equations takes 22 µs so and 66 µs otherwise, for 10 rows 130 and 520, for 100
     480 and 920, for 400 2,390 and 2,260; a Hessian-vector product of one 62 and 296; of Lorenz' 96 model with 40 components 100 and
     364, with 512 895 and 1,500. A solve alone of that model with 40 components takes 49 and 65, with 128 108 and 95, with 512 364
-    and 255; of Lorenz' equations and 1,000 rows 990 and 1,090. Traced and compiled it is in two thirds of the time. Tried with jax
-    0.7 to 0.12; with another the program stays as it was. These are the sizes at which it pays; what is safe (`work` in
-    native/whole.py) may be less: 100 rows of Lorenz' equations by tsit5 are not shown to be.
+    and 255; of Lorenz' equations and 1,000 rows 990 and 1,090. Traced and compiled it is in two thirds of the time. These are the
+    sizes at which it pays; what is safe (`most` in native/whole.py) may be less: 100 rows of Lorenz' equations by tsit5 are not
+    shown to be. With a version of JAX that was not tried (TRIED) the program stays as it was, and where the user said so
+    (`jode.config.one_function`).
     """
     most = 512 if backwards else 4096 if times > 1 and state <= SMALL else 128
-    return platform == "cpu" and jax.__version_info__ < (0, 13) and state * times <= most
+    tried = jax.__version_info__[:2] in TRIED and config.one_function == "auto"
+    return platform == "cpu" and tried and state * times <= most
 
 
 def rolled(platform: str | None, state: int, weights: int, batched: bool) -> bool:

@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "jode"
 ROOMS = [
+    "config",
     "tree",
     "tuning",
     "tableau",

@@ -2,95 +2,202 @@
 
 XLA on a CPU runs a program kernel by kernel, and starting a kernel takes longer than a step of a small system. A loop that moves
 less than a kilobyte it compiles as one function, by a call with the attribute `xla_cpu_small_call`. A march with that attribute
-becomes one function whatever its loops move. The emitter of such functions does not know every operation, none that is shared out
-to threads or handed to a library, and stops the process where a call has a parameter that is not used. So a march must be made of
-primitives known to be safe, on arrays so small that no operation is shared out, and a result of its call depends on all parameters.
+becomes one function whatever its loops move. What XLA does before it writes such a function it does as in every program, and some
+of that the function cannot hold. Read in the source of XLA (xla/service/cpu, xla/backends/cpu) and tried, from jax 0.7 to 0.12:
+
+- Not every operation can be written: no sorting, scattering, transforms, collectives, or calls of anything else. So a march must be
+  made of primitives that are known here, on numbers of usual kinds.
+- The process stops where a parameter is not used, so the results of the call depend on all of them; and a constant of more than
+  10,000 bytes is not there, so constants are operands, behind a barrier.
+- What is handed to a library cannot be written: "Fusion kind not implemented on CPU". Those are products of matrices, and, from
+  jax 0.9 on, reductions of which an operand has MANY numbers or more, with what stands beside them. So nothing that computes sees
+  so many, and a product is one by a vector (or none of these: the products of two vectors' numbers, or their sum).
+- Nor can what is shared out to threads: "Invalid LLVM IR", or the process stops. Each operation, or what is fused to one, is shared
+  out where it reads and writes twice 2^18 bytes, or, with more flops than bytes, where flops + 2 transcendentals + 10 bytes, which
+  is less than 11 flops + 2 transcendentals, come to twice 100,000. `share` sums both over all of a program, each as a part of what
+  is allowed, so that it does not matter what is fused with what. Loops of one turn XLA takes away, others it never unrolls: what
+  is inside of a scan of more turns is fused with nothing outside. A table may be copied, in a piece: it is read and written.
+
+A table, which may have more than MANY numbers, is filled, read in slices or by index, written to in place and moved, and no more.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import jaxpr_as_fun
+from jax.extend.core import Literal, jaxpr_as_fun
 from jax.extend.mlir import ir
 from jax.interpreters import mlir
 
 from jode.tree import programs_in
 
 ATTRIBUTES = {"xla_cpu_small_call": "true", "inlineable": "false"}
+MANY, TABLE, FLOPS, MOVED = 4096, 2**18, 18_000, 23 * 2**14
 
 
 def _names(*lines: str) -> frozenset:
     return frozenset(" ".join(lines).split())
 
 
-ELEMENTWISE = _names(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp complex conj convert_element_type copy copy_p cos",
-    "cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le le_to lgamma log log1p",
-    "logistic lt lt_to max min mul ne neg nextafter not or pow real reduce_precision rem round rsqrt select_n shift_left",
-    "shift_right_arithmetic shift_right_logical sign sin sinh sqrt square sub tan tanh xor",
+# By how many operations XLA makes of one at most, in 0.7, 0.10 and 0.12: see `_operations`.
+ONE = _names(
+    "abs add add_any and atan2 cbrt ceil complex conj copy copy_p cos div eq eq_to erf exp expm1 floor ge gt imag is_finite le",
+    "le_to log log1p lt lt_to max min mul ne neg not or real reduce_precision round rsqrt select_n shift_left shift_right_arithmetic",
+    "shift_right_logical sin sqrt square sub tan tanh xor",
 )
-EXPANDED = _names("acosh asinh atan atanh digamma erf erf_inv erfc lgamma tan")  # into some fifty operations at most
-MOVING = _names(
-    "broadcast_in_dim concatenate dynamic_slice gather iota pad reshape rev slice split squeeze stack tile",
-    "transpose unstack",
-)
+TWO = _names("clamp convert_element_type exp2 pow rem sign")
+SOME = _names("acos acosh argmax argmin asin asinh atan atanh cosh logistic sinh")
+LONG = _names("digamma erf_inv erfc lgamma nextafter")
+ELEMENTWISE = ONE | TWO | SOME | LONG | {"integer_pow"}
+COMPLEX = _names(
+    "add add_any complex conj convert_element_type copy copy_p div eq imag mul ne neg real select_n sub"
+)  # four at most
 REDUCING = _names("argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum")
+MOVING = _names("broadcast_in_dim concatenate gather iota pad reshape rev split squeeze stack tile transpose unstack")
+SLICING = _names("dynamic_slice dynamic_update_slice scatter scatter-add scatter-max scatter-min scatter-mul slice")
 IDENTITY = _names("name optimization_barrier stop_gradient")
 INLINED = _names("checkpoint closed_call custom_jvp_call custom_linear_solve custom_vjp_call jit pjit remat2")
 LOOPS = _names("cond scan while")
-
-# XLA shares an operation out to threads where flops + 2 transcendentals + 10 bytes come to WORK and flops exceed bytes, or where
-# bytes come to twice TABLE. Reductions of 4,096 numbers it hands to a library.
-WORK, TABLE, ARRAY, REDUCED = 200_000, 2**18, 2**16, 4096
+DTYPES = _names(
+    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64 complex64 complex128",
+)
 
 
 def can_be_whole(ctx: Any, program: Any) -> bool:
     """Whether a traced program that is lowered here may be one function: on one device, of small operands and of what is safe."""
     module = ctx.module_context
     alone = getattr(module.axis_context, "num_devices", None) == 1 and not module.lowering_parameters.for_export
-    return alone and all(_bytes(x) <= TABLE for x in program.in_avals) and work(program) < WORK
+    return alone and all(_is_table(x) for x in program.in_avals) and most(program).safe
 
 
-def work(program: Any) -> float:
-    """An upper bound on what XLA counts for any one operation it makes of a traced program, were all of it fused; infinite where it
-    is not safe. What is inside of a loop is fused with nothing outside of it.
+class Most(NamedTuple):
+    """Bounds for any one operation that XLA makes of a program, were all of it fused to one: flops, transcendentals among them, and
+    bytes moved. And which results XLA may know, since they depend on constants alone.
     """
-    return sum(map(_work, program.eqns))
+
+    flops: float
+    moved: float
+    known: Sequence[bool]
+
+    @property
+    def safe(self) -> bool:
+        return self.flops < FLOPS and self.moved < MOVED
 
 
-def _work(eqn: Any) -> float:
-    name, inner = eqn.primitive.name, [work(p) for p in programs_in(eqn)]
+def most(program: Any, given: Sequence[bool] = ()) -> Most:
+    """The bounds for a traced program; given: which of its operands XLA may know."""
+    jaxpr = getattr(program, "jaxpr", program)
+    unknown = set(jaxpr.invars) - {v for v, k in zip(jaxpr.invars, given, strict=False) if k}
+    knows = lambda xs: [isinstance(v, Literal) or v not in unknown for v in xs]
+    flops, moved, touched = 0.0, 0.0, {}
+    for e in jaxpr.eqns:
+        found = _most(e, knows(e.invars))
+        flops, moved = flops + found.flops, moved + found.moved
+        touched |= {v: _bytes(v.aval) for v in _moved(e) if not isinstance(v, Literal)}
+        unknown.update(v for v, k in zip(e.outvars, found.known, strict=True) if not k)
+    return Most(flops, moved + sum(touched.values()), knows(jaxpr.outvars))
+
+
+def _moved(eqn: Any) -> list:
+    """What an operation that moves numbers or sums them writes, and reads as a whole. A table that is filled is written alone."""
+    name = eqn.primitive.name
+    filled = name in MOVING and all(v.aval.size == 1 for v in eqn.invars)
+    if filled or name in SLICING or not (name in MOVING or name in REDUCING or name == "dot_general"):
+        return []
+    return [*eqn.invars, *eqn.outvars]
+
+
+def _most(eqn: Any, known: Sequence[bool]) -> Most:
+    name = eqn.primitive.name
     given, made = ([x.aval for x in xs] for xs in (eqn.invars, eqn.outvars))
-    if not all(jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool for x in (*given, *made)):
-        return math.inf
-    if name in LOOPS:
-        stacked = made if name == "scan" else []
-        safe, found = all(w < WORK for w in inner) and all(_bytes(x) <= TABLE for x in stacked), 0.0
-    elif name in INLINED or name in IDENTITY:
-        safe, found = True, sum(inner)
-    elif name == "dynamic_update_slice":  # in place
-        safe, found = True, 11 * given[1].size
-    elif name.startswith("scatter"):  # to one place, which is such a slice
-        safe, found = given[1].size == given[1].shape[-1], 11 * given[2].size
-    elif name == "dot_general":  # by a vector; a product of matrices may become a call of a library
-        (contracted, _), (batched, _) = eqn.params["dimension_numbers"]
-        small = all(_bytes(x) <= TABLE for x in (*given, *made))
-        safe = small and not batched and min(x.ndim for x in given) == len(contracted)
-        found = 0.0 if contracted else 11 * made[0].size  # products that are sums are shared out by none
-    elif name in REDUCING:
-        safe, found = given[0].size < REDUCED, 11 * given[0].size
-    elif name in MOVING:
-        filling = name in ("broadcast_in_dim", "iota")
-        safe, found = all(_bytes(x) <= (TABLE if filling else ARRAY) for x in made), 0.0
+    safe = all(getattr(x.dtype, "name", None) in DTYPES and _is_table(x) for x in (*given, *made))
+    if safe and (name in LOOPS or name in INLINED or name in IDENTITY):
+        return _most_within(eqn, known)
+    few, largest = all(x.size < MANY for x in (*given, *made)), max((x.size for x in (*given, *made)), default=0)
+    if name in MOVING or name in SLICING:
+        flops = 4.0 * (largest if any(map(_half, made)) else made[0].size if name == "gather" else 0)
+        safe = safe and (not name.startswith("scatter") or given[1].size == given[1].shape[-1])  # to one place: a slice
+    elif name == "dot_general":
+        product, flops = _product(eqn, few)
+        safe = safe and product
     else:
-        safe = name in ELEMENTWISE and all(_bytes(x) <= ARRAY for x in made)
-        found = (550.0 if name in EXPANDED else 11.0) * sum(x.size for x in made)
-    return found if safe else math.inf
+        safe = safe and few and (name in ELEMENTWISE or name in REDUCING)
+        flops = _operations(eqn) * (largest + (made[0].size if name in REDUCING else 0)) if safe else 0.0
+    return Most(flops if safe else math.inf, 0.0, [all(known)] * len(made))
+
+
+def _most_within(eqn: Any, known: Sequence[bool]) -> Most:
+    """The bounds for what an equation calls. A loop of one turn XLA takes away, and a condition that it knows: then what is inside
+    is beside what is outside. A loop may take one turn if its length is one, or if XLA may know what its condition reads at first.
+    """
+    name, p, beside, out = eqn.primitive.name, eqn.params, True, [all(known)] * len(eqn.outvars)
+    if name == "while":
+        n, m = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
+        test, body, starts = p["cond_jaxpr"], p["body_jaxpr"], [*known[:n], *known[m:]]
+        read = {v for e in test.eqns for v in e.invars if not isinstance(v, Literal)}.union(test.jaxpr.outvars)
+        beside = all(k for v, k in zip(test.jaxpr.invars, starts, strict=True) if v in read)
+        out = _carried(body, m - n, known[m:], beside)
+        inside = [most(test, [*known[:n], *out]), most(body, [*known[n:m], *out])]
+    elif name == "scan":
+        n, m = p["num_consts"], p["num_consts"] + p["num_carry"]
+        beside = p["length"] == 1
+        out = _carried(p["jaxpr"], n, known[n:m], beside)
+        inside = [most(p["jaxpr"], [*known[:n], *out, *known[m:]])]
+        out = [*out, *inside[0].known[m - n :]]
+    elif name == "cond":
+        each = [most(x, known[1:]) for x in p["branches"]]
+        inside = [Most(max(x.flops for x in each), max(x.moved for x in each), ())]
+        out = [any(ks) for ks in zip(*(x.known for x in each), strict=True)]
+    else:
+        inside = [most(x, known) for x in programs_in(eqn)]
+        out = inside[0].known if len(inside) == 1 else out
+    if not all(x.safe for x in inside):
+        return Most(math.inf, math.inf, out)
+    return Most(sum(x.flops for x in inside), sum(x.moved for x in inside), out) if beside else Most(0.0, 0.0, out)
+
+
+def _carried(body: Any, consts: int, starts: Sequence[bool], beside: bool) -> list[bool]:
+    """Which of what a loop carries XLA may know inside of it: what it knows at first, if that is all or if it stays as it is."""
+    pairs = zip(body.jaxpr.invars[consts:], body.jaxpr.outvars, starts, strict=False)
+    return [k and (beside or v is w) for v, w, k in pairs]
+
+
+def _product(eqn: Any, few: bool) -> tuple[bool, float]:
+    """Whether a product is one by a vector, and flops where XLA may make an elementwise one or a sum of it."""
+    given, made = [x.aval for x in eqn.invars], eqn.outvars[0].aval
+    (contracted, _), (batched, _) = eqn.params["dimension_numbers"]
+    summed = math.prod(given[0].shape[i] for i in contracted)
+    vector = not batched and min(x.size for x in given) <= summed
+    written_out = summed <= 1 or made.size <= 1 or any(map(_half, given))
+    return (vector or (summed == 1 and not batched)) and (few or not written_out), 4.0 * made.size * summed if written_out else 0.0
+
+
+def _operations(eqn: Any) -> float:
+    """How many operations XLA makes of one number at most; numbers of half precision it converts before and after each."""
+    name, dtypes = eqn.primitive.name, [x.aval.dtype for x in (*eqn.invars, *eqn.outvars)]
+    if any(jnp.issubdtype(d, jnp.complexfloating) for d in dtypes):
+        n = 4.0 if name in COMPLEX else 400.0
+    elif name in REDUCING and name not in SOME:
+        long = eqn.invars[0].aval.size > 16 * eqn.outvars[0].aval.size  # is summed by windows of 16, the last one filled up
+        n = (2.0 if long else 1.0) * (1 if dtypes[0] in (jnp.float32, jnp.float64) else 4)
+    elif name == "integer_pow":
+        y = abs(eqn.params["y"])
+        n = float(y.bit_length() + y.bit_count())  # squares and products
+    else:
+        n = 1.0 if name in ONE else 2.0 if name in TWO else 16.0 if name in SOME else 400.0
+    return n * (2 + len(eqn.invars)) if any(_half(v.aval) for v in (*eqn.invars, *eqn.outvars)) else n
+
+
+def _half(x: Any) -> bool:
+    return x.dtype in (jnp.float16, jnp.bfloat16)
+
+
+def _is_table(x: Any) -> bool:
+    return _bytes(x) < TABLE
 
 
 def _bytes(x: Any) -> int:
