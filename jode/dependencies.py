@@ -8,13 +8,15 @@ tuples, dictionaries and sets are looked at too, and those of small arrays of Nu
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import jax
 import jax.core
 import numpy as np
+
+from jode.tree import hashable
 
 MOST = 4096  # objects that are looked at
 SMALL = 4096  # bytes of an array of NumPy whose contents are
@@ -47,6 +49,38 @@ class Same:
 
     def __hash__(self) -> int:
         return id(self.of)
+
+
+def cached(f: Callable, static: tuple[int, ...]) -> Callable:
+    """f jitted, some of its arguments static, with one more in front: (functions, a pytree), which f depends on.
+
+    Where they hold tracers, or a static argument has no hash, f is called as it is. Where tracing changed what a function depends
+    on (a field that counts its traces), what that has become stands for what it was.
+    """
+    traces, became = [0], {}
+
+    def traced(*args: Any, key: Any) -> Any:
+        traces[0] += 1
+        return f(*args)
+
+    traced.__name__ = f.__name__
+    jitted = jax.jit(traced, static_argnums=static, static_argnames=("key",), inline=True)
+
+    def call(depends: tuple, *args: Any) -> Any:
+        functions, tree = depends
+        (key, holds_tracers), types = dependencies(functions), types_in(jax.tree.structure(tree))
+        if holds_tracers or not hashable(tuple(args[i] for i in static)):
+            return f(*args)
+        key = became.get((key, types), (key, types))
+        before = traces[0]
+        out = jitted(*args, key=key)
+        if traces[0] != before and (after := (dependencies(functions)[0], types)) != key:
+            if len(became) == MOST:
+                became.clear()
+            became[after] = key
+        return out
+
+    return call
 
 
 def types_in(treedef: Any) -> tuple:

@@ -20,13 +20,13 @@ from jode.asked import Asked, in_order, inside
 from jode.control import Adaptive, Solver, Stats, Status
 from jode.control.base import concrete
 from jode.control.stops import stopping
-from jode.dependencies import MOST, dependencies, types_in
+from jode.dependencies import cached
 from jode.field import close, jump_of
 from jode.march import Plan, Problem
 from jode.method import Method
 from jode.native import live
 from jode.observe import Observed, observing
-from jode.tree import Layout, hashable, is_inexact, merge, nan_unless, partition, widest
+from jode.tree import Layout, is_inexact, merge, nan_unless, partition, widest
 
 if TYPE_CHECKING:
     from jaxtyping import ArrayLike, Float, Inexact, Int32, PyTree, Real
@@ -124,15 +124,11 @@ def solve(
     dynamic, static = partition((f, args, solver, asked, looks, stops, jumps), DATA)
     dynamic = [jnp.asarray(x) for x in dynamic]
     checked = all(concrete(x) for x in (ts, stops, jumps and jumps[0], *jax.tree.leaves(solver)))
-    given = y0, ts, dynamic, static, adjoint, Known(checked, padded, live((y0, ts, dynamic)))
     _, _, still, _ = static
     norm = getattr(solver, "norm", None)
     functions = *filter(callable, still), solver.method.jac, norm and norm.norm, *asked.functions, *asked.beside
-    types = types_in(jax.tree.structure((y0, f, args, solver, jumps)))
-    key, traced = dependencies(functions)
-    if traced or not hashable((static, adjoint)):
-        return _solve(*given)
-    return _solve_cached(given, (key, types), lambda: (dependencies(functions)[0], types))
+    known = Known(checked, padded, live((y0, ts, dynamic)))
+    return _solve_cached((functions, (y0, f, args, solver, jumps)), y0, ts, dynamic, static, adjoint, known)
 
 
 def odeint(
@@ -440,26 +436,4 @@ def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, known: Kn
     return Solution(given, ys, stats, status, reached, observed)
 
 
-def _solve_cached(given: tuple, key: tuple, key_now: Callable) -> Solution:
-    """`_solve`, by the program cached for what its functions depend on. Where tracing changed that itself (a field that counts its
-    traces), what it has become stands for what it was.
-    """
-    traces = _TRACES[0]
-    key = _BECAME.get(key, key)
-    solution = _solve_jitted(*given, key=key)
-    if _TRACES[0] != traces and (after := key_now()) != key:
-        if len(_BECAME) == MOST:
-            _BECAME.clear()
-        _BECAME[after] = key
-    return solution
-
-
-_BECAME: dict = {}
-_TRACES = [0]  # how many there were
-
-
-@partial(jax.jit, static_argnums=(3, 4, 5), static_argnames=("key",), inline=True)
-def _solve_jitted(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, known: Known, *, key: Any) -> Solution:
-    """`_solve`, compiled; key: what its functions depend on besides."""
-    _TRACES[0] += 1
-    return _solve(y0, ts, dynamic, static, adjoint, known)
+_solve_cached = cached(_solve, static=(3, 4, 5))
