@@ -178,6 +178,8 @@ _REMEDIES = {
     "or the problem is stiff and wants jode.rodas5p; if none of these, give ts in float64, or measure time from ts[0]",
     Status.nonfinite_dynamics: "f returned NaN or infinity at the initial state: check y0, args and the domain of f",
     Status.nonfinite_state: "the state became NaN or infinite: check y0, take smaller steps, or use Adaptive",
+    Status.unstable: "the copies of the state that the method carries are further apart than the state is large: they grow apart "
+    "where solutions decay, and y has one correct digit at most. Use a method of one copy (jode.rk4), Adaptive, or narrower steps",
     Status.capacity: "an observer had no room for all steps: give it a larger capacity",
     Status.invalid_input: "numbers known only at run time are out of range: ts must be finite and increase throughout or decrease "
     "throughout, Fixed's steps lie between 1 and max_steps, its width be above zero, Adaptive's tolerances and first_step not be "

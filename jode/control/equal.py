@@ -77,7 +77,11 @@ class Equal(Solver):
         return i % self.bound(march, problem) >= steps if jnp.ndim(steps) else None
 
     def report(self, march: Any, problem: Problem, c: Any, good: Array, slope: Any) -> tuple[Array, Array, Array, Array]:
-        status = jnp.where(good[-1], int(Status.success), int(Status.nonfinite_state)).astype(jnp.int32)
+        lost = jnp.full(good[-1].shape, int(Status.nonfinite_state))
+        if march.method.parts > 1:  # `Method.looked_at` left the other copies finite
+            n = len(problem.y0)
+            lost = jnp.where(march.rows.finite(c.s[-n:]) & ~march.rows.finite(c.s[:n]), int(Status.unstable), lost)
+        status = jnp.where(good[-1], int(Status.success), lost).astype(jnp.int32)
         last = jnp.maximum(jnp.sum(good, axis=0, dtype=jnp.int32) - 1, 0)  # what is not finite stays so
         steps = (march.plan.saves - 1) * jnp.asarray(self.count(march, problem), jnp.int32)
         return status, march.rows.pick(problem.ts, last), steps, steps
