@@ -184,6 +184,8 @@ _REMEDIES = {
     Status.linear_solve: "a linear system of the implicit method was not solved: with bands, f depends on "
     "components outside of them (widen them, or order the components so that neighbours stand together), or elimination needs "
     "pivots (use the dense matrix); with krylov, its solver did not converge (give it more iterations, or a looser tolerance)",
+    Status.unstable: "the copies of the state that the method carries are further apart than the state is large: they grow apart "
+    "where solutions decay, and y has one correct digit at most. Use a method of one copy (jode.rk4), Adaptive, or narrower steps",
     Status.capacity: "an observer had no room for all steps: give it a larger capacity",
     Status.invalid_input: "numbers known only at run time are out of range: ts must increase throughout or decrease throughout and "
     "be finite, but for infinities that pad it at the end, Fixed's steps lie between 1 and max_steps, its width be above zero, "

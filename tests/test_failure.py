@@ -7,6 +7,7 @@ import pytest
 
 import jode
 from jode import Status
+from jode.method import Momentum
 
 SOLVERS = {"adaptive": jode.Adaptive(jode.tsit5, 1e-6, 1e-6, max_steps=500), "fixed": jode.Fixed(jode.heun, 100)}
 ADJOINTS = [jode.Backprop(), jode.Backprop(3)]
@@ -85,6 +86,58 @@ def test_an_unstable_fixed_step_is_not_a_success():
     sol = jode.solve(lambda t, y, a: -1e6 * y, jnp.ones(1), np.linspace(0.0, 1.0, 6), solver=jode.Fixed(jode.rk4, 100))
     assert sol.status == Status.nonfinite_state
     assert np.isnan(sol.ys[1:]).all()
+
+
+CARRIED = {
+    "leapfrog": (jode.leapfrog, 2000),
+    "reversible_heun": (jode.reversible_heun, 2000),
+    "momentum": (Momentum(0.9), 200),
+}
+
+
+@pytest.mark.parametrize("adjoint", [jode.Backprop(), jode.MemoryFree()], ids=str)
+@pytest.mark.parametrize("method", CARRIED)
+def test_copies_that_have_taken_over_are_a_status(method, adjoint):
+    """y' = -k y to t = 20 by methods that carry more than y: fast rows are wrong at the end, slow ones are right beside
+    them, and so is the gradient of what they share.
+    """
+    method, steps = CARRIED[method]
+    ts = np.array([0.0, 0.5, 20.0])
+    rates = jnp.array([1.0, 0.01, 2.0, 0.1])
+
+    def loss(y0, mask):
+        one = lambda k: jode.solve(lambda t, y, k: -k * y, y0, ts, k, solver=jode.Fixed(method, steps), adjoint=adjoint)
+        sol = jax.vmap(one)(rates)
+        return jnp.sum(jnp.where(mask, sol.ys[:, -1], 0.0)), sol
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    slow = jnp.array([False, True, False, True])
+    (value, sol), gradient = run(1.0, slow)
+    assert list(sol.status) == [Status.unstable, Status.success] * 2
+    np.testing.assert_array_equal(np.isnan(sol.ys[:, 1:]), np.array([[False, True], [False, False]] * 2))
+    np.testing.assert_array_equal(sol.reached, [0.5, 20.0] * 2)
+    exact = np.exp(-20 * 0.01) + np.exp(-20 * 0.1)
+    np.testing.assert_allclose([value, gradient], exact, rtol=0.1 if method == Momentum(0.9) else 1e-3)
+    assert np.isnan(run(1.0, ~slow)[1])
+    with pytest.raises(jode.SolveError, match=r"unstable after .*t = 0.5.*further apart"):
+        jode.check(sol)
+    layers = jode.resnet(lambda t, y, k: -k * y, 1.0, jnp.ones(20), method=method)  # a network is what it computes
+    assert np.isfinite(layers)
+
+
+@pytest.mark.parametrize("method", [jode.leapfrog, jode.reversible_heun, Momentum(0.5)], ids=str)
+@pytest.mark.parametrize("case", ["oscillator", "through zero", "from rest", "touches zero", "flat zero", "decays a little"])
+def test_copies_that_follow_are_a_success(method, case):
+    """Also where y or its slope is zero, or both."""
+    f, y0, t1, steps = {
+        "oscillator": (lambda t, y, a: jnp.stack([y[1], -y[0]]), jnp.array([1.0, 0.0]), 100.0, 1000),
+        "through zero": (lambda t, y, a: jnp.cos(t), 0.0, 30.0, 120),
+        "from rest": (lambda t, y, a: t**3, 0.0, 2.0, 20),
+        "touches zero": (lambda t, y, a: 2 * (t - 1), 1.0, 2.0, 21),
+        "flat zero": (lambda t, y, a: 3 * (t - 1) ** 2, -1.0, 2.0, 20),
+        "decays a little": (lambda t, y, a: -y, 1.0, 3.0, 60),
+    }[case]
+    jode.check(jode.solve(f, y0, (0.0, t1), solver=jode.Fixed(method, steps)))
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class Status(IntEnum):
-    """Why a trajectory ended. Anything but `success` comes with NaN from the time it ended on; `event` is no failure."""
+    """Why a trajectory ended. Anything but `success` comes with NaN from the time it ended on; `event` is no failure.
+
+    `unstable` is said by methods that carry more than y, under `Fixed`: their copies show that y has one correct digit at most.
+    """
 
     success = 0
     max_steps = 1
@@ -34,6 +37,7 @@ class Status(IntEnum):
     event = 7
     stiff = 8
     linear_solve = 9
+    unstable = 10
 
 
 class Stats(NamedTuple):

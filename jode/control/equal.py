@@ -94,9 +94,13 @@ class Equal(Solver):
         return march.rows.spread(last & (i % bound == self.count(march, problem) - 1))
 
     def report(self, march: Any, problem: Problem, c: Any, good: Array, slope: Any) -> tuple[Array, Array, Array, Array]:
-        status = jnp.where(good[-1], int(Status.success), int(Status.nonfinite_state))
-        if self.method.solves:
-            status = jnp.where(~good[-1] & c.control.unsolved, int(Status.linear_solve), status)
+        lost = jnp.full(good[-1].shape, int(Status.nonfinite_state))
+        if march.method.solves:
+            lost = jnp.where(c.control.unsolved, int(Status.linear_solve), lost)
+        if march.method.parts > 1:  # `Method.looked_at` left the other copies finite
+            n = len(problem.y0)
+            lost = jnp.where(march.rows.finite(c.s[-n:]) & ~march.rows.finite(c.s[:n]), int(Status.unstable), lost)
+        status = jnp.where(good[-1], int(Status.success), lost)
         last = jnp.maximum(jnp.sum(good, axis=0, dtype=jnp.int32) - 1, 0)  # what is not finite stays so
         steps = (march.plan.saves - 1) * jnp.asarray(self.count(march, problem), jnp.int32)
         return status.astype(jnp.int32), march.rows.pick(problem.ts, last), steps, steps

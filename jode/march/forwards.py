@@ -50,6 +50,8 @@ class Loop:
             step = method.estimated(window, c.s, step)
         if step.ok is not None and not solver.estimates:  # nothing else is tried: the row has failed
             step = step._replace(state=tuple(nan_unless(step.ok, x) for x in step.state))
+        if not (solver.estimates or solver.layered):  # a residual network is what it computes
+            step = method.looked_at(window, c.s, step)
         accept, control = solver.judge(march, problem, c.control, window, c.s, step)
         choose = partial(where, accept) if accept is not None else lambda new, _: new
         slope = choose(method.reused(step.slopes[-1]), c.slope) if solver.estimates else ()
@@ -248,7 +250,7 @@ class March:
         """The outcome of rows that failed between save times or that an observer ended: they know nothing of what is later."""
         rows = self.rows
         if self.solver.lands and self.plan.watches:  # of a row that failed nothing is known after the last state saved
-            known = jnp.where(outcome.status == int(Status.nonfinite_state), outcome.reached, jnp.nan)
+            known = jnp.where(outcome.status != int(Status.success), outcome.reached, jnp.nan)
             seen = zip(self.plan.watches, outcome.observed, strict=True)
             outcome = outcome._replace(observed=tuple(w.ended(self, problem, x, rows.spread(known)) for w, x in seen))
         end = self.end(problem, outcome.observed)

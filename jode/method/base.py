@@ -69,6 +69,12 @@ class Method:
         """One step over the window; `slope` is what `reused` gave for the state s, where that is known."""
         raise NotImplementedError
 
+    def looked_at(self, window: Window, s: State, step: Step) -> Step:
+        """The step from s, for a control that does not judge its error, with y NaN and the other copies finite in rows whose copies
+        show that the steps are unstable, there and from there on.
+        """
+        return step
+
     def inverse(self, window: Window, s1: State) -> State:
         """The state at the start of the step over the window that ends in s1."""
         raise NotImplementedError(f"{self!r} has no inverse step: use jode.Backprop")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array
 
 from jode.method.base import Method, Step
 from jode.method.runge_kutta import RungeKutta
-from jode.tree import State, add, increment, work_dtype
+from jode.rows import Rows
+from jode.tree import State, add, combine, increment, magnitude, where, widest, work_dtype, zeros_like
 from jode.tuning import GROWTH, SEGMENTS
 from jode.window import Window
 
@@ -107,6 +110,7 @@ class ReversibleHeun(Method):
     """y1 = y + h (f̂ + f̂1) / 2 with ŷ1 = 2 y - ŷ + h f̂ and f̂1 = F(t + h, ŷ1): order 2 at one evaluation per step.
 
     Its region of stability is a segment of the imaginary axis: for problems that hardly decay (Kidger, Foster, Li & Lyons 2021).
+    Where solutions decay ŷ - y grows as fast, and under `Fixed` rows that it has taken over end with `Status.unstable`.
     """
 
     order = 2
@@ -128,6 +132,9 @@ class ReversibleHeun(Method):
         k1 = window(1.0, shadow1)
         return Step((*increment(y, h, (0.5, 0.5), [k, k1]), *shadow1, *k1), [k, k1])
 
+    def looked_at(self, window: Window, s: State, step: Step) -> Step:
+        return _alternating(window, s, step)
+
     def inverse(self, window: Window, s1: State) -> State:
         h, (y1, shadow1, k1) = window.h, _thirds(s1)
         shadow = increment(_mix(2.0, y1, shadow1), -h, (1.0,), [k1])
@@ -140,7 +147,8 @@ class Leapfrog(Method):
     """The asynchronous leapfrog: u = F(t + h/2, z + h v / 2), v1 = 2 u - v, z1 = z + h u: order 2, one evaluation per step.
 
     v follows the slope of z, and starts there. Stable where the solution oscillates, not where it decays (Zhuang, Dvornek,
-    Tatikonda & Duncan 2021, without damping).
+    Tatikonda & Duncan 2021, without damping): there v - f grows as fast, and under `Fixed` rows that it has taken over end with
+    `Status.unstable`.
     """
 
     order = 2
@@ -162,6 +170,9 @@ class Leapfrog(Method):
         v1 = _mix(2.0, u, v)
         return Step((*increment(z, h, (1.0,), [u]), *v1), [v, v1])
 
+    def looked_at(self, window: Window, s: State, step: Step) -> Step:
+        return _alternating(window, s, step)
+
     def inverse(self, window: Window, s1: State) -> State:
         return self.step(window.ends_swapped(), s1).state
 
@@ -171,7 +182,8 @@ class Momentum(Method):
     """v1 = γ v + (1 - γ) F(t, x), x1 = x + h v1: a residual step with momentum, order 1, one evaluation per step.
 
     v starts at the slope, so the limit of many steps is the same ODE. The inverse divides by γ, so a rounding error grows by
-    1/γ per step backwards (Sander, Ablin, Blondel & Peyré 2021).
+    1/γ per step backwards (Sander, Ablin, Blondel & Peyré 2021). Where solutions decay within a time h γ / (1 - γ) x swings past
+    its end, and under `Fixed` such a row ends with `Status.unstable`.
     """
 
     momentum: float = 0.9
@@ -198,10 +210,50 @@ class Momentum(Method):
         v1 = _mix(self.momentum, v, window(0.0, x))
         return Step((*increment(x, window.h, (1.0,), [v1]), *v1), [v, v1])
 
+    def looked_at(self, window: Window, s: State, step: Step) -> Step:
+        """Lost are rows that v carries against the slope, where the way that it is behind, h γ / (1 - γ) of their difference, is
+        larger than x.
+        """
+        (v, v1), g = step.slopes, self.momentum
+        slope = tuple(x.astype(a.dtype) for x, a in zip(_mix(1 / (1 - g), v1, v), v, strict=True))
+        behind = combine(window.h, (g / (1 - g), -g / (1 - g)), [v1, slope])
+        return _marked_lost(window.rows, s, step, v1, slope, behind, ((1.0, 0.0),))
+
     def inverse(self, window: Window, s1: State) -> State:
         x1, v1 = _halves(s1)
         x = increment(x1, -window.h, (1.0,), [v1])
         return (*x, *_mix(1 / self.momentum, v1, window(0.0, x)))
+
+
+def _marked_lost(rows: Rows, s: State, step: Step, a: State, b: State, gap: State, bounds: Sequence[tuple[float, float]]) -> Step:
+    """The step from s, with y NaN and the other copies finite in rows that are lost: where the slopes a and b of one state point
+    against each other, and what the gap of the copies is worth in y, and how far y moved, are so many times larger than y at both
+    ends of the step, by one of the pairs of bounds. A row that was lost stays so: its y is NaN and its last copy is not.
+    """
+    n, dtype = len(a), widest(*(x.dtype for x in a), default=jnp.float32)
+    total = lambda xs: sum(rows.sum(x.astype(dtype)) for x in xs)
+    size = lambda x: total(magnitude(z) ** 2 for z in x)
+    y, y1 = s[:n], step.state[:n]
+    opposed = total(jnp.real(jnp.conj(p) * q) for p, q in zip(a, b, strict=True)) < 0
+    before, last = size(y), size(s[-n:])
+    largest, apart, moved = jnp.maximum(before, size(y1)), size(gap), size(_difference(y1, y))
+    beyond = reduce(jnp.logical_or, [(apart > g**2 * largest) & (moved > m**2 * largest) for g, m in bounds])
+    lost = (opposed & beyond) | (jnp.isnan(before) & ~jnp.isnan(last))
+    marked = tuple(jnp.where(lost, jnp.nan, x).astype(x.dtype) for x in y1)
+    return step._replace(state=(*marked, *where(lost, zeros_like(step.state[n:]), step.state[n:])))
+
+
+def _alternating(window: Window, s: State, step: Step) -> Step:
+    """Lost are rows whose slopes at the two ends of a step point against each other, and move y further than it is large; or by a
+    fifth of that, where they differ by twenty times as much as y is.
+
+    Of y' = λ y, λ < 0, the two copies have two modes. That of the solution keeps the sign of its slope in a step of any width. The
+    other turns it over in every step, and grows as fast as solutions decay; slopes have it before y does, by a factor of 4 / (h λ).
+    It moves y by twice its own size. A solution turns over too, where it has an extremum, but its slopes are small there: twice as
+    different as y is large, or eight times where it touches zero.
+    """
+    a, b = step.slopes
+    return _marked_lost(window.rows, s, step, a, b, combine(window.h, (-1.0, 1.0), [a, b]), ((20.0, 0.2), (0.0, 1.0)))
 
 
 def _halves(s: State) -> tuple[State, State]:
@@ -212,6 +264,10 @@ def _halves(s: State) -> tuple[State, State]:
 def _thirds(s: State) -> tuple[State, State, State]:
     m = len(s) // 3
     return s[:m], s[m : 2 * m], s[2 * m :]
+
+
+def _difference(a: State, b: State) -> State:
+    return tuple(x.astype(work_dtype(x.dtype)) - z.astype(work_dtype(x.dtype)) for x, z in zip(a, b, strict=True))
 
 
 def _mix(w: float, a: State, b: State) -> State:
