@@ -88,6 +88,7 @@ def main():
             [jode.Fixed(method, k) for method, k in tests],
             outputs=partial(w.ends, test[0][:500]),
             reference=jode.Fixed(jode.rk4, 1024),
+            better="higher",
         )
         print(f"{name}:\n\n{table}\n")
         some = test[0][:1000], test[1][:1000]

@@ -1,13 +1,17 @@
 """Every tableau satisfies every rooted-tree condition up to its order, and no more than it says."""
 
 from dataclasses import replace
+from fractions import Fraction
 from functools import cache
 from itertools import combinations_with_replacement
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jode
 from jode import tableau as tb
+from jode.tableau import conditions
 
 TABLEAUS = {t.name: t for t in vars(tb).values() if isinstance(t, tb.Tableau)}
 ROSENBROCK = {t.name: t for t in vars(tb).values() if isinstance(t, tb.RosenbrockTableau)}
@@ -115,6 +119,71 @@ def test_wrong_tableaus_are_refused():
         replace(tb.RK4, a=((), (0.5,), (0.5,), (0.0, 0.0, 1.0)))
     with pytest.raises(ValueError, match="end slope"):
         replace(tb.HEUN, error=((-0.5, 0.5),))
+
+
+@pytest.mark.parametrize("t", [*TABLEAUS.values(), *ROSENBROCK.values()], ids=lambda t: t.name)
+def test_orders_that_a_method_does_not_have_are_refused(t):
+    """The error names what is claimed and what was found; a lower claim is no wrong one."""
+    claims = {"order": t.order, "dense_order": t.dense_order}
+    claims |= {"embedded_order": t.embedded_order} if t.embedded_order else {}
+    for what, order in claims.items():
+        with pytest.raises(ValueError, match=f"{t.name}: {what}={order + 1} is claimed, .* up to order {order}$"):
+            replace(t, **{what: order + 1})
+        assert order == 1 or getattr(replace(t, **{what: order - 1}), what) == order - 1
+    for wrong in (0, -1, 2.5, True):
+        with pytest.raises(ValueError, match="order must be a positive int"):
+            replace(t, order=wrong)
+
+
+def test_the_trees_of_the_package_are_those_of_this_file():
+    for n in range(1, 9):
+        assert set(conditions.trees(n)) == set(trees(n))
+        assert all(conditions.density(t) == density(t) for t in trees(n))
+    assert [len(conditions.trees(n)) for n in (9, 10)] == [286, 719]
+
+
+def f(t, y, a):
+    return jnp.sin(a * y) + t
+
+
+NUMBERS = {
+    "ints": lambda x: int(x) if x == int(x) else x,
+    "fractions": lambda x: Fraction(x) if x == int(8 * x) / 8 else x,
+    "numpy": np.float64,
+    "numpy ints": lambda x: np.int32(x) if x == int(x) else np.float32(x) if float(np.float32(x)) == x else x,
+    "arrays": np.asarray,
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_coefficients_may_be_any_numbers_and_any_sequences(kind):
+    """A method is that of the same coefficients as floats: equal, hashable, with the same states."""
+
+    def told(x):
+        return list(map(told, x)) if isinstance(x, tuple) else NUMBERS[kind](x)
+
+    names = {tb.RK4: "c a b", tb.HEUN: "c a b error dense", tb.ROSENBROCK23: "gamma c d a C b error dense"}
+    for t, of_t in names.items():
+        made = replace(t, order=np.int64(t.order), **{name: told(getattr(t, name)) for name in of_t.split()})
+        assert made == t
+        assert hash(made) == hash(t)
+        method = jode.RungeKutta(made) if isinstance(made, tb.Tableau) else jode.Rosenbrock(made)
+        assert np.isfinite(jode.odeint(f, jnp.ones(2), (0.0, 1.0), 1.3, solver=jode.Fixed(method, 3))).all()
+    euler = jode.RungeKutta(tb.Tableau("euler", 1, c=(0,), a=((),), b=(1,)))
+    assert euler == replace(jode.euler, tableau=replace(tb.EULER))
+
+
+def test_coefficients_that_are_no_numbers_are_refused():
+    with pytest.raises(TypeError, match="rk4: b must hold real numbers, got 'x'"):
+        replace(tb.RK4, b=(1 / 6, 1 / 3, "x", 1 / 6))
+    with pytest.raises(TypeError, match="gamma must hold real numbers, got 1j"):
+        replace(tb.ROSENBROCK23, gamma=1j)
+    with pytest.raises(ValueError, match="b must hold finite numbers, got nan"):
+        replace(tb.RK4, b=(1 / 6, 1 / 3, np.nan, 1 / 6))
+    with pytest.raises(TypeError, match=r"takes a jode\.tableau\.Tableau"):
+        jode.RungeKutta(tb.RODAS5P)
+    with pytest.raises(TypeError, match=r"takes a jode\.tableau\.RosenbrockTableau"):
+        jode.Rosenbrock(tb.RK4)
 
 
 def implicit(alpha, beta, tree):

@@ -98,6 +98,61 @@ def test_verdicts_do_not_depend_on_units(kind, exponent, sign, seed, shift):
     assert moved.verdicts == given.verdicts
 
 
+def test_a_change_for_the_better_is_named_as_one():
+    """Only where that is known to be one, under every solver that counts, and by numbers; it is no ODE all the same."""
+    rng = np.random.default_rng(0)
+    own = rng.gamma(2.0, size=2000)
+    metric = lambda change: answers(own, own + change * (1 + 0.1 * rng.normal(size=2000)))
+    for better, sign in (("higher", 1), ("lower", -1)):
+        good = swap(metric(0.3 * sign), TWO, better=better)
+        assert good.verdicts == ["better under finer solvers"]
+        assert not good.valid
+        assert "not the ODE that its training solver saw" in str(good)
+        assert swap(metric(-0.3 * sign), TWO, better=better).verdicts == ["not an ODE"]
+        assert swap(metric(0.0), TWO, better=better).verdicts == ["an ODE"]
+        assert swap(answers(own, np.full(2000, np.inf * sign)), TWO, better=better).verdicts == ["not an ODE"]
+    unknown = swap(metric(0.3), TWO)
+    assert unknown.verdicts == ["not an ODE"]
+    assert "The metric rises under finer solvers" in str(unknown)
+    assert "rises" not in str(swap(metric(0.0), TWO))
+    three = [*TWO, jode.Fixed(jode.dopri5, 8)]
+    mixed = lambda solver: own + {1: 0.0, 4: 0.3, 5: -0.3}[solver.method.order]
+    assert swap(mixed, three, better="higher").verdicts == swap(mixed, three, better="lower").verdicts == ["not an ODE"]
+    assert "rises or falls" in str(swap(mixed, three))
+    noise = 3 * rng.normal(size=2000)
+    unsure = lambda solver: own + {1: 0.0, 4: 0.3, 5: noise}[solver.method.order]
+    assert swap(unsure, three, better="higher").verdicts == ["better under finer solvers"]
+    with pytest.raises(ValueError, match="better must be"):
+        swap(metric(0.3), TWO, better="up")
+
+
+def test_what_is_asked_is_said():
+    """A regression that fits to a hundredth of its outputs' spread: outputs agree, and the loss is another."""
+    rng = np.random.default_rng(0)
+    true = rng.normal(size=5000)
+    ends = lambda solver: (true + 0.01 * (1 + (solver.method is jode.euler)))[:, None]
+    loss = lambda solver: (ends(solver)[:, 0] - true + 0.01 * rng.normal(size=5000)) ** 2
+    outputs, metric = agreement(ends, TWO, reference=TWO[1]), swap(loss, TWO, better="lower", of="the regression")
+    assert outputs.overall == "agrees"
+    assert metric.verdicts == ["better under finer solvers"]
+    assert str(outputs).startswith("Do the outputs of the model stay where they are under finer solvers?")
+    assert str(metric).startswith("Does the mean metric of the regression stay as it is under finer solvers?")
+
+
+def test_a_network_is_asked_for_each_reading_of_its_weights():
+    """Layers w, -w, w, … of x' = w² x / 32 to t = 8: constant within layers x grows by e^(1/4), on lines between them by e^(1/12)."""
+    weights, x = jnp.where(jnp.arange(64) % 2 == 0, 1.0, -1.0), jnp.linspace(1.0, 3.0, 5000)
+    block, net, verdicts = lambda t, x, w: w**2 * x / 32, jode.Fixed(jode.euler, 64), {}
+    for degree in (0, 1):
+        F = jode.depth.field(block, degree=degree, span=8.0)
+        run = jax.jit(lambda s, F=F: jax.vmap(lambda x: jode.odeint(F, x, (0.0, 8.0), weights, solver=s)[-1])(x))
+        np.testing.assert_allclose(run(net)[:9], jax.vmap(lambda x: jode.resnet(block, x, weights, span=8.0))(x[:9]), rtol=1e-12)
+        table = swap(run, [net, jode.Fixed(jode.rk4, 256)], of=F)
+        verdicts[degree] = table.verdicts
+        assert f"(degree {degree}) stay as it is" in str(table)
+    assert verdicts == {0: ["an ODE"], 1: ["not an ODE"]}
+
+
 def power(flips, tolerance, n, confidence):
     """Whether n examples suffice: the interval of the expected counts lies well on one side."""
     change = abs(flips[1] - flips[0])

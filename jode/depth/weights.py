@@ -78,7 +78,14 @@ def interpolate(weights: Any, t: Any, degree: int = 1, steps: int | None = None)
 def field(f: Callable, *, degree: int = 1, steps: int | None = None, span: float | None = None) -> Callable:
     """The network as an ODE: the vector field F(t, x, weights) = f(t, x, θ(t / span)), for any solver that runs from 0 to span.
 
-    Euler's method with N steps gives the network back. A gradient by the weights costs memory and time for all N slices at
+    Euler's method with N steps gives the network back, whatever the degree: a network says what its weights are at N depths, and
+    not what they are between. So it has an ODE for each reading, and whether it *is* an ODE is a question for each:
+
+    - `degree=0`, weights constant within each layer: is one step a layer fine enough? Neighbouring layers may differ as they like.
+    - `degree=1`, weights on lines between neighbours: that, and are the layers samples of a function of depth? A network of
+      independent layers may be an ODE by the first question, and is none by the second.
+
+    `jode.validity.swap(..., of=F)` prints which one was asked. A gradient by the weights costs memory and time for all N slices at
     each evaluation; a gradient through `Layers` does not.
 
     Args:
@@ -106,6 +113,10 @@ class _Field:
     degree: int
     steps: int | None
     span: float | None
+
+    def __str__(self) -> str:
+        reading = ["constant within each layer", "on lines between layers"][self.degree]
+        return f"the ODE with weights {reading} (degree {self.degree})"
 
     def __call__(self, t: Array, x: Any, weights: Any) -> Any:
         try:

@@ -46,6 +46,8 @@ class Rosenbrock(Method):
     krylov: Any = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tableau, RosenbrockTableau):
+            raise TypeError(f"Rosenbrock takes a jode.tableau.RosenbrockTableau, got {self.tableau!r}")
         given = [name for name in ("jac", "bands", "krylov") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{self!r}: {' and '.join(given)} are ways to solve the same systems: give one")

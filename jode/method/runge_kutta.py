@@ -43,6 +43,8 @@ class RungeKutta(Method):
 
     def __post_init__(self) -> None:
         t = self.tableau
+        if not isinstance(t, Tableau):
+            raise TypeError(f"RungeKutta takes a jode.tableau.Tableau, got {t!r}: implicit methods are jode.Rosenbrock(tableau)")
         of_t = {"order": t.order, "embedded_order": t.embedded_order if t.adaptive else None, "error": t.error, "dense": t.dense}
         self.__dict__.update(of_t, evaluations=t.stages, trials=t.stages, extra=len(t.extra), stability=t.stability)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jode.tableau.conditions import Conditions, as_floats, as_order, claimed
 from jode.tableau.runge_kutta import Row
 
 
@@ -23,7 +24,10 @@ class RosenbrockTableau:
     `error` holds weights of the error estimate h Σ e_i k_i, and `embedded_order` the order of the solution that it compares with.
     `dense` holds, for every stage, the coefficients of θ, θ², … in b_i(θ), where y(t + θh) ≈ y + h Σ b_i(θ) k_i.
 
-    Raises `ValueError` when the rows do not fit together or the method is not consistent.
+    Coefficients may be ints, fractions or NumPy's numbers; they are kept as floats. `order`, `embedded_order` and `dense_order` are
+    checked by the order conditions up to order ten, to 1e-10; a method may claim less than it has.
+
+    Raises `ValueError` when the rows do not fit together, the method is not consistent, or it has not the orders it claims.
     """
 
     name: str
@@ -40,6 +44,10 @@ class RosenbrockTableau:
     dense_order: int
 
     def __post_init__(self) -> None:
+        for what in ("gamma", "c", "d", "a", "C", "b", "error", "dense"):
+            object.__setattr__(self, what, as_floats(self.name, what, getattr(self, what)))
+        for what in ("order", "embedded_order", "dense_order"):
+            object.__setattr__(self, what, as_order(self.name, what, getattr(self, what)))
         s = len(self.b)
         rows = [*map(len, self.a), *map(len, self.C)]
         if rows != [*range(s), *range(s)] or any(len(x) != s for x in (self.c, self.d, self.error, self.dense)):
@@ -48,6 +56,13 @@ class RosenbrockTableau:
         slack = max(np.abs(alpha.sum(1) - self.c).max(), np.abs(gamma.sum(1) - self.d).max(), abs(b.sum() - 1))
         if slack > 1e-11:
             raise ValueError(f"tableau {self.name}: rows must sum to c and d and weights to one, off by {slack:.1e}")
+        conditions = Conditions(alpha, alpha + gamma)
+        claimed(self.name, "order", self.order, conditions.order(b, self.order))
+        found = conditions.vanishes(np.array(self.error) @ gamma, self.embedded_order)
+        claimed(self.name, "embedded_order", self.embedded_order, found)
+        for theta in (0.3, 0.7):
+            b = np.array(self.dense) @ theta ** np.arange(1, len(self.dense[0]) + 1) @ gamma
+            claimed(self.name, "dense_order", self.dense_order, conditions.order(b, self.dense_order, theta))
 
     @property
     def stages(self) -> int:

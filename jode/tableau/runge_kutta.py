@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.polynomial import Polynomial
 
+from jode.tableau.conditions import Conditions, as_floats, as_order, claimed
+
 Row = tuple[float, ...]
 
 
@@ -24,7 +26,11 @@ class Tableau:
     one, or two to be combined as Hairer's DOP853 does. `dense` holds, for every stage, the coefficients of θ, θ², … in
     b_i(θ), where y(t0 + θh) ≈ y0 + h Σ b_i(θ) k_i; when it is left out the cubic Hermite interpolant is used.
 
-    Raises `ValueError` when the rows do not fit together or the method is not consistent.
+    Coefficients may be ints, fractions or NumPy's numbers; they are kept as floats. `order`, `embedded_order` (that of the error
+    estimate: for two of orders p and q, combined, 2 p - q) and `dense_order` are checked by the order conditions of all rooted
+    trees with up to ten vertices, to 1e-10; a method may claim less than it has. Conditions beyond order ten are not looked at.
+
+    Raises `ValueError` when the rows do not fit together, the method is not consistent, or it has not the orders it claims.
     """
 
     name: str
@@ -40,6 +46,11 @@ class Tableau:
     extra_c: Row = ()
 
     def __post_init__(self) -> None:
+        for what in ("c", "a", "b", "error", "dense", "extra", "extra_c"):
+            object.__setattr__(self, what, as_floats(self.name, what, getattr(self, what)))
+        for what, none in (("order", ()), ("embedded_order", (None,)), ("dense_order", (0,))):
+            if getattr(self, what) not in none:
+                object.__setattr__(self, what, as_order(self.name, what, getattr(self, what)))
         s = len(self.b)
         rows = [len(row) for row in self.a]
         if len(self.c) != s or rows != list(range(s)):
@@ -54,6 +65,19 @@ class Tableau:
         if not self.dense:
             object.__setattr__(self, "dense", hermite(self.b))
             object.__setattr__(self, "dense_order", min(self.order, 3))
+        self._check_orders()
+
+    def _check_orders(self) -> None:
+        n = len(self.nodes)
+        padded = lambda row: np.array((*row, *[0.0] * (n - len(row))))
+        conditions = Conditions(np.array([padded(row) for row in self.rows]))
+        claimed(self.name, "order", self.order, conditions.order(padded(self.b), self.order))
+        if self.error and self.embedded_order is not None:
+            found = [conditions.vanishes(padded(e), max(self.order, self.embedded_order)) for e in self.error]
+            claimed(self.name, "embedded_order", self.embedded_order, 2 * found[0] - found[1] if len(found) == 2 else found[0])
+        for theta in (0.3, 0.7):
+            b = np.array(self.dense) @ theta ** np.arange(1, len(self.dense[0]) + 1)
+            claimed(self.name, "dense_order", self.dense_order, conditions.order(padded(b), self.dense_order, theta))
 
     @property
     def stages(self) -> int:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-WITHIN, OUTSIDE, UNDECIDED, UNTESTED = "within", "outside", "undecided", "untested"
+WITHIN, OUTSIDE, BETTER, UNDECIDED, UNTESTED = "within", "outside", "better", "undecided", "untested"
 
 
 class Change(NamedTuple):
@@ -139,8 +139,8 @@ def equivalence(low: float, high: float, tolerance: float) -> str:
 
 
 def worst(verdicts: list[str]) -> str:
-    """The verdict on a model from those under each solver that counts: all must be within."""
-    for verdict in (OUTSIDE, UNDECIDED, WITHIN):
+    """The verdict on a model from those under each solver that counts: all must be within, and none for the worse outside."""
+    for verdict in (OUTSIDE, BETTER, UNDECIDED, WITHIN):
         if verdict in verdicts:
             return verdict
     return UNTESTED

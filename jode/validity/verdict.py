@@ -12,10 +12,11 @@ import numpy as np
 from jode.control import Adaptive, Fixed
 from jode.method import dopri8
 from jode.validity import paired
-from jode.validity.paired import OUTSIDE, UNDECIDED, UNTESTED, WITHIN, Change
+from jode.validity.paired import BETTER, OUTSIDE, UNDECIDED, UNTESTED, WITHIN, Change
 
-_ODE = {WITHIN: "an ODE", OUTSIDE: "not an ODE", UNDECIDED: UNDECIDED, UNTESTED: UNTESTED}
+_ODE = {WITHIN: "an ODE", OUTSIDE: "not an ODE", BETTER: "better under finer solvers", UNDECIDED: UNDECIDED, UNTESTED: UNTESTED}
 _AGREES = {WITHIN: "agrees", OUTSIDE: "differs", UNDECIDED: UNDECIDED, UNTESTED: UNTESTED}
+_BETTER = {"higher": 1, "lower": -1, None: 0}
 REFERENCE = Adaptive(dopri8, 1e-6, 1e-6, max_steps=65_536)
 
 
@@ -66,13 +67,15 @@ def _finer(errors: Any, own: float, reference: Any) -> list[bool]:
 
 @dataclass(frozen=True)
 class Swap:
-    """The cross table: `table[i, j]` is the mean metric of the model trained with `train[i]` under `test[j]`.
+    """Does the mean metric stay as it is under finer solvers?
+
+    The cross table: `table[i, j]` is the mean metric of the model trained with `train[i]` under `test[j]`.
 
     `own[i]` is that under the training solver; `low` and `high` are the ends of the confidence interval of the change from it.
     The intervals of one model hold together with probability `confidence`. `counts[i, j]` says whether that test solver counts
     against the model, and `errors[i, j]` is its measured error (NaN where it was not). `tolerance[i]` is the change that is none,
     in units of the metric, `examples[i]` how many there were, 0 for a metric of one number, which has no interval, and
-    `enough[i, j]` how many would decide about that pair.
+    `enough[i, j]` how many would decide about that pair. `better` and `of` are as they were given to `swap`.
     """
 
     train: tuple
@@ -87,6 +90,8 @@ class Swap:
     examples: np.ndarray
     enough: np.ndarray
     confidence: float
+    better: str | None = None
+    of: Any = "the model"
 
     @property
     def changes(self) -> np.ndarray:
@@ -105,12 +110,16 @@ class Swap:
         return _ODE[self._within(i, j)]
 
     def _within(self, i: int, j: int) -> str:
-        return paired.equivalence(self.low[i, j], self.high[i, j], self.tolerance[i])
+        low, high = self.low[i, j], self.high[i, j]
+        says = paired.equivalence(low, high, self.tolerance[i])
+        return BETTER if says == OUTSIDE and np.isfinite(high) and _BETTER[self.better] * low > 0 else says
 
     @property
     def verdicts(self) -> list[str]:
         """Of each model. `an ODE`: under every solver that counts the whole interval of the change is within the tolerance.
-        `not an ODE`: under one of them it is outside. Otherwise `undecided`, or `untested` where no other solver counts.
+        `not an ODE`: under one of them it is outside. `better under finer solvers`: it is outside, and everywhere for the better,
+        where `better` says which way that is; the model's answers still depend on the solver. Otherwise `undecided`, or `untested`
+        where no other solver counts.
         """
         return [_ODE[paired.worst([self._within(i, int(j)) for j in np.flatnonzero(row)])] for i, row in enumerate(self.counts)]
 
@@ -129,7 +138,8 @@ class Swap:
     def __str__(self) -> str:
         blocks = []
         for i, solver in enumerate(self.train):
-            lines = [f"Trained with {name(solver)}: metric {self.own[i]:.4g}", ""]
+            asks = f"Does the mean metric of {self.of} stay as it is under finer solvers?"
+            lines = [f"{asks} Trained with {name(solver)}: metric {self.own[i]:.4g}", ""]
             lines += ["| under | error | metric | change | |", "|---|---:|---:|---:|---|"]
             for j, test in enumerate(self.test):
                 if name(test) == name(solver):
@@ -145,7 +155,21 @@ class Swap:
         n, verdict = int(self.examples[i]), self.verdicts[i]
         basis = f"{n:,} examples, {self.confidence:.0%} intervals" if n else "one number, so no interval"
         more = f"; about {_shown(self.wanted[i])} examples would decide" if verdict == UNDECIDED else ""
-        return f"Verdict: {verdict} ({basis}, a change of up to {self.tolerance[i]:.3g} is none{more})."
+        says = f"Verdict: {verdict} ({basis}, a change of up to {self.tolerance[i]:.3g} is none{more})."
+        return says + self._direction(i)
+
+    def _direction(self, i: int) -> str:
+        """What a change that is one says beside its verdict."""
+        outside = [j for j in np.flatnonzero(self.counts[i]) if self._within(i, int(j)) in (OUTSIDE, BETTER)]
+        if self.verdicts[i] == _ODE[BETTER]:
+            return (
+                " No finer solver harms it, but its answers depend on the solver: it is not the ODE that its training solver saw."
+            )
+        if self.better or not outside or not np.isfinite(self.high[i, outside]).all():
+            return ""
+        ways = {"rises" if self.low[i, j] > 0 else "falls" for j in outside}
+        way = " or ".join(sorted(ways, reverse=True))
+        return f" The metric {way} under finer solvers; whether that is for the better, `swap(better=...)` wants to know."
 
     def plot(self, ax: Any = None) -> Any:
         """A heat map of the mean metric on matplotlib axes, which are returned; solvers that do not count are hatched."""
@@ -177,8 +201,14 @@ def swap(
     outputs: Callable | Mapping[Any, Callable] | None = None,
     reference: Any = REFERENCE,
     counts: Callable[[Any, Any], bool] | None = None,
+    better: str | None = None,
+    of: Any = "the model",
 ) -> Swap:
     """Evaluate a model, or several, under other solvers than it was trained with, and say whether it is an ODE.
+
+    The question is whether the mean *metric* stays as it is under finer solvers; `agreement` asks whether the *outputs* do.
+    Neither answer follows from the other: outputs that move by 1 % of their spread may change a small loss by much, and an
+    accuracy may stay while all outputs move.
 
     The verdict is an equivalence test of the change of the mean metric, which has three outcomes: see `Swap.verdicts`. Wrong
     ones have a probability of at most 1 - confidence per model. Multiplying the metric by a constant changes no verdict.
@@ -198,12 +228,19 @@ def swap(
             nominal errors decide: see `error_scale`.
         reference: the solver taken for exact when errors are measured.
         counts: counts(test, train) -> whether a test solver counts against a model trained with `train`, instead of the above.
+        better: "higher" or "lower", where one of them is the better metric. A model that finer solvers only make better is then
+            named so: it is no ODE of its training steps, but nothing speaks against finer ones. By default nothing is known of it.
+        of: what is tested, for the printed question, such as `jode.depth.field(f, degree=0)`: the ODE of a residual network is one
+            for each way to read its weights between layers.
 
     Raises:
-        ValueError: for a metric that is neither one number nor a vector, and where the reference fails.
+        ValueError: for a `better` that is none of these, for a metric that is neither one number nor a vector, and where the
+            reference fails.
 
     A jitted metric is compiled once for each method: step counts and tolerances of solvers are data.
     """
+    if better not in _BETTER:
+        raise ValueError(f'swap: better must be "higher", "lower" or None, got {better!r}')
     solvers = [_plain(s) for s in solvers]
     rows = {_plain(s): m for s, m in metric.items()} if isinstance(metric, Mapping) else dict.fromkeys(solvers[:1], metric)
     if not solvers or not rows:
@@ -211,7 +248,7 @@ def swap(
     given = {_plain(s): o for s, o in outputs.items()} if isinstance(outputs, Mapping) else dict.fromkeys(rows, outputs)
     results = [_against(s, m, given[s], solvers, tolerance, spread, confidence, reference, counts) for s, m in rows.items()]
     own, table, low, high, mask, errors, bounds, examples, enough = (np.array(column) for column in zip(*results, strict=True))
-    return Swap(tuple(rows), tuple(solvers), table, own, low, high, mask, errors, bounds, examples, enough, confidence)
+    return Swap(tuple(rows), tuple(solvers), table, own, low, high, mask, errors, bounds, examples, enough, confidence, better, of)
 
 
 def _against(train: Any, metric: Callable, outputs: Any, solvers: list, *options: Any) -> tuple:
@@ -274,7 +311,8 @@ def _numbers(value: Any) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a model's outputs move under each test solver, relative to their spread over examples.
+    """Do a model's outputs stay where they are under finer solvers? How far they move under each, relative to their spread over
+    examples.
 
     `moved` (solvers, examples) are the movements ‖o - o_train‖ / spread; `flips` the fractions of examples whose label changes
     (NaN without labels). `ends` and `flip_ends` (solvers, 2) are confidence intervals of the mean movement and of the flips,
@@ -291,6 +329,7 @@ class Agreement:
     counts: np.ndarray
     tolerance: float
     confidence: float
+    of: Any = "the model"
 
     def verdict(self, j: int) -> str:
         """`agrees` if mean movement and flips under solver j are within the tolerance, `differs` if one is outside."""
@@ -318,7 +357,10 @@ class Agreement:
         return self.overall == _AGREES[WITHIN]
 
     def __str__(self) -> str:
-        own = f"Trained with {name(self.train)}, error {self.errors[0]:.1e}. Movements are relative to the spread over examples."
+        own = (
+            f"Do the outputs of {self.of} stay where they are under finer solvers? Trained with {name(self.train)}, error "
+            f"{self.errors[0]:.1e}. Movements are relative to the spread over examples; what they do to a metric, `swap` tells."
+        )
         lines = [
             own,
             "",
@@ -343,8 +385,12 @@ def agreement(
     tolerance: float = 0.02,
     confidence: float = 0.95,
     reference: Any = REFERENCE,
+    of: Any = "the model",
 ) -> Agreement:
     """How far a model's outputs move under finer solvers: no metric is needed, and none can hide it.
+
+    The question is about the *outputs*, at the scale of their spread. A metric that is small beside that, such as the loss of a
+    regression that fits well, may change where they agree: `swap` asks about it.
 
     A metric may stay while every output moves: an accuracy where errors move points along the decision boundary, or as many to
     the right side as to the wrong one. Movements are ‖o_i - o_i,train‖ / √(mean ‖o_i - ō‖²), one per example.
@@ -356,6 +402,7 @@ def agreement(
         tolerance: the mean movement, and the fraction of labels that flip, that are none.
         confidence: that of all intervals together (Bonferroni): t intervals of movements, Wilson's of flips.
         reference: the solver taken for exact when errors are measured.
+        of: what is tested, for the printed question, as in `swap`.
     """
     train, *tests = [_plain(s) for s in solvers]
     mine, *others = (outputs(s) for s in (train, *tests))
@@ -374,7 +421,7 @@ def agreement(
         for j, o in enumerate(others):
             n = int(np.sum(np.asarray(labels(o)) != before))
             flips[j], flip_ends[j] = n / before.size, paired.wilson(n, before.size, level)
-    return Agreement(train, tuple(tests), moved, ends.reshape(-1, 2), flips, flip_ends, errors, counts, tolerance, confidence)
+    return Agreement(train, tuple(tests), moved, ends.reshape(-1, 2), flips, flip_ends, errors, counts, tolerance, confidence, of)
 
 
 def _table(outputs: Any) -> np.ndarray:
