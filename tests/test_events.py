@@ -390,3 +390,252 @@ def test_steps_and_polynomials_of_a_row_that_an_event_ended(solver):
     assert np.nanmax(steps.ts) <= hit.t
     assert np.isnan(jax.jit(lambda p, t: p(t))(p, hit.t + 0.01)).all()
     np.testing.assert_allclose(slope, jax.jit(jax.jacfwd(lambda h: seen(h)[0]))(1.0), rtol=1e-11)
+
+
+# What lies inside of a step, at the start, at the end, and on a save time.
+
+WIDE = {
+    "tsit5": jode.Adaptive(),
+    "dopri8": jode.Adaptive(jode.dopri8),
+    "rodas5p": jode.Adaptive(jode.rodas5p),
+    "one step": jode.Fixed(jode.rk4, 1),
+}
+WAYS = pytest.mark.parametrize("way", [1.0, -1.0], ids=["on", "back"])
+IN_WIDE_STEPS = pytest.mark.parametrize("solver", WIDE.values(), ids=WIDE)
+
+
+@WAYS
+@IN_WIDE_STEPS
+def test_all_crossings_inside_of_one_step_are_found_in_order(solver, way):
+    """Both zeros of a parabola, the three of a cubic, alone and as rows; each of a direction; and the first of them ends a row."""
+    parabola = lambda t, roots: (t - roots[0]) * (t - roots[1])
+    cubic = lambda t, roots: parabola(t, roots) * (t - roots[2])
+
+    def found(p, roots, **kw):
+        f, ts = lambda t, y, roots: jax.grad(p)(t, roots), way * jnp.array([-8.0, 5.0])
+        event = jode.Event(lambda t, y, roots: y, **{"terminate": False, "most": 4, **kw})
+        return jode.solve(f, p(ts[0], roots), ts, roots, solver=solver, observe=event).observed
+
+    roots = way * np.sort(np.roots([1, 6, -4, -12]))  # in the order of the solve
+    roots = jnp.asarray(roots)
+    every = jax.jit(lambda r: found(cubic, r))(roots)
+    assert every.count == 3
+    np.testing.assert_allclose(every.t[:3], roots, rtol=1e-9)
+    up = way > 0  # the first crossing of t³ is upwards, and that of -(-t)³ downwards
+    for direction, want in ((1, roots[::2] if up else roots[1::2]), (-1, roots[1::2] if up else roots[::2])):
+        some = found(cubic, roots, direction=direction)
+        assert some.count == len(want)
+        np.testing.assert_allclose(some.t[: len(want)], want, rtol=1e-9)
+    first = found(cubic, roots, terminate=True, most=1)
+    np.testing.assert_allclose(first.t, roots[0], rtol=1e-9)
+    pairs = way * jnp.array([[-7.0, 4.5], [-6.9, -4.0], [1.0, 4.9], [-3.0, 3.0]])
+    rows = jax.jit(jax.vmap(lambda r: found(parabola, r)))(pairs)
+    np.testing.assert_array_equal(rows.count, 2)
+    np.testing.assert_allclose(rows.t[:, :2], pairs, rtol=1e-9)
+
+
+@pytest.mark.parametrize("adjoint", [jode.Backprop(), jode.MemoryFree()], ids=["stored", "memory-free"])
+@pytest.mark.parametrize("solver", [WIDE["tsit5"], WIDE["one step"]], ids=["tsit5", "one step"])
+def test_several_crossings_of_one_step_have_all_derivatives(solver, adjoint):
+    """y = (t - b)² - a: the zeros are b ± √a."""
+
+    def times(a, b):
+        event = jode.Event(lambda t, y, b: y, terminate=False, most=3)
+        f = lambda t, y, b: 2.0 * (t - b)
+        hit = jode.solve(f, b * b - a, (0.0, 2.0), b, solver=solver, adjoint=adjoint, observe=event).observed
+        return hit.t[:2] @ jnp.array([1.0, 3.0])
+
+    exact = lambda a, b: (b - jnp.sqrt(a)) + 3 * (b + jnp.sqrt(a))
+    x = (0.25, 1.0)
+    of = lambda f: jax.jit(lambda *x: (f(*x), jax.grad(f, (0, 1))(*x), jax.jacfwd(f, (0, 1))(*x), jax.hessian(f, (0, 1))(*x)))(*x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), of(times), of(exact))
+    rows, each = jnp.linspace(0.05, 0.8, 5), lambda f: lambda a, b: jnp.sum(jax.vmap(f, (0, None))(a, b))
+    got, want = (jax.jit(jax.grad(each(f), (0, 1)))(rows, 1.0) for f in (times, exact))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), got, want)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("direction", [-1, 0])
+def test_a_ball_bounces_as_long_as_one_likes_from_where_it_was_seen(dtype, direction):
+    """Started again from the state and the time observed, for flights that all end within the first step."""
+    ground, e, g = jode.Event(below, direction), 0.8, 9.81
+
+    def bounce(carry, _):
+        t, y = carry
+        sol = jode.solve(fall, y, jnp.stack([t, t + 3]), jnp.asarray(g, dtype), observe=ground)
+        hit = sol.observed
+        return (hit.t, hit.y * jnp.array([1.0, -e], dtype)), (hit.t, hit.count)
+
+    n = 30 if dtype == jnp.float64 else 20
+    start = jnp.zeros((), dtype), jnp.array([0.0, 5.0], dtype)
+    _, (times, counts) = jax.jit(lambda c: jax.lax.scan(bounce, c, None, length=n))(start)
+    np.testing.assert_array_equal(counts, 1)
+    # The interpolant's coefficients come to 389, and what a speed is off by goes on to 1 / (1 - e) = 5 later flights.
+    np.testing.assert_allclose(times, np.cumsum(2 * 5.0 * e ** np.arange(n) / g), rtol=5 * 389 * jnp.finfo(dtype).eps)
+
+
+@IN_WIDE_STEPS
+def test_a_short_flight_is_seen_beside_a_component_that_is_large(solver):
+    f = lambda t, y, g: jnp.stack([y[1], -g, 0 * y[2]])
+    v = jnp.array([0.01, 0.3, 2.0])
+    hit = jax.vmap(
+        lambda v: jode.solve(f, jnp.stack([0 * v, v, 1e4 + 0 * v]), (0.0, 10.0), 9.81, solver=solver, observe=GROUND).observed
+    )
+    np.testing.assert_allclose(jax.jit(hit)(v).t, 2 * v / 9.81, rtol=1e-9)
+
+
+ON_TIMES = {
+    **WIDE,
+    "steps to save times": jode.Adaptive(first_step=0.1, max_step=0.1),
+    "fixed": jode.Fixed(jode.rk4, 3),
+    "euler": jode.Fixed(jode.euler, 1),
+    "width": jode.Fixed(jode.rk4, width=0.03),
+}
+
+
+@WAYS
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("solver", ON_TIMES.values(), ids=ON_TIMES)
+def test_a_save_time_at_an_event_is_before_it_and_one_at_the_end_is_found(solver, dtype, way):
+    """y' = r: g is zero at one of the save times, the last one among them, or at the start, where it is no event."""
+    ts = way * jnp.linspace(0, 1, 11, dtype=dtype)
+    rng = np.random.default_rng(0)
+    at = jnp.arange(33) % 11
+    r = jnp.asarray(rng.choice([-1, 1], 33) * np.where(at % 2 == 0, 1.0, rng.uniform(0.3, 3, 33)), dtype)
+    c = jnp.asarray(np.where(at % 3 == 0, 0.0, rng.uniform(-1, 1, 33)), dtype)
+
+    def one(r, c, T):
+        observe = {
+            "hit": jode.Event(lambda t, y, args: y - (c + r * T)),
+            "at": jode.At(ts, lambda t, y, r: y),
+            "p": jode.Dense(400),
+            "steps": jode.Steps(400),
+        }
+        sol = jode.solve(lambda t, y, r: r, c, ts, r, solver=solver, observe=observe)
+        return sol, sol.observed["p"](T)
+
+    sol, y = jax.jit(jax.vmap(one))(r, c, ts[at])
+    moved, seen = at > 0, sol.observed
+    np.testing.assert_array_equal(seen["hit"].count, moved)
+    np.testing.assert_array_equal(sol.status, np.where(moved, jode.Status.event, jode.Status.success))
+    known = np.arange(11) <= np.where(moved, at, 10)[:, None]
+    np.testing.assert_array_equal(np.isfinite(sol.ys), known)
+    np.testing.assert_array_equal(np.isfinite(seen["at"]), known)
+    tol = 1000 * jnp.finfo(dtype).eps
+    np.testing.assert_allclose(seen["hit"].t[moved], ts[at][moved], rtol=0, atol=tol)
+    saved = np.take_along_axis(np.asarray(sol.ys), np.asarray(at)[:, None], 1)[:, 0]
+    np.testing.assert_allclose(saved[moved], seen["hit"].y[moved], rtol=0, atol=4 * tol)
+    np.testing.assert_allclose(y, saved, rtol=0, atol=4 * tol)
+    assert (way * (sol.reached - ts[at])[moved] >= 0).all() or np.abs(sol.reached - ts[at])[moved].max() <= tol
+
+
+@pytest.mark.parametrize("solver", [WIDE["tsit5"], jode.Fixed(jode.rk4, 3), jode.Adaptive(first_step=0.1, max_step=0.1)], ids=repr)
+def test_derivatives_of_what_is_seen_on_the_time_of_an_event(solver):
+    """States saved, and seen, at the time of an event move as others do: y' = r."""
+    ts = jnp.linspace(0.0, 1.0, 11)
+
+    def seen(r, c):
+        observe = jode.Event(lambda t, y, r: y - 0.8), jode.At(ts, lambda t, y, r: y * y)
+        sol = jode.solve(lambda t, y, r: r, c, ts, r, solver=solver, observe=observe)
+        hit, at = sol.observed
+        return jnp.stack([hit.t, hit.y, sol.ys[8], at[8], sol.ys[7]])
+
+    exact = lambda r, c: jnp.stack([(0.8 - c) / r, jnp.asarray(0.8), 0.8 * r + c, (0.8 * r + c) ** 2, 0.7 * r + c])
+    for derivative in (jax.jacrev, jax.jacfwd):
+        got, want = (jax.jit(derivative(f, (0, 1)))(1.0, 0.0) for f in (seen, exact))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), got, want)
+
+
+@pytest.mark.parametrize("solver", [FINE, jode.Fixed(jode.dopri8, 40)], ids=["adaptive", "fixed"])
+def test_a_start_from_where_a_crossing_was_seen_does_not_see_it_again(solver):
+    oscillator = lambda t, y, w: jnp.stack([y[1], -w * y[0]])
+    event = jode.Event(lambda t, y, w: y[0] - 0.3)
+
+    def on(carry, _):
+        t, y = carry
+        hit = jode.solve(oscillator, y, jnp.stack([t, t + 6]), 1.0, solver=solver, observe=event).observed
+        return (hit.t, hit.y), hit.t
+
+    _, times = jax.jit(lambda: jax.lax.scan(on, (jnp.zeros(()), jnp.array([1.0, 0.0])), None, length=7))()
+    a = np.arccos(0.3)
+    exact = np.sort(np.concatenate([2 * np.pi * np.arange(4) + a, 2 * np.pi * np.arange(1, 5) - a]))[:7]
+    np.testing.assert_allclose(times, exact, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("solver", [FINE, jode.Fixed(jode.dopri8, 40)], ids=["adaptive", "fixed"])
+def test_a_crossing_at_a_stop_or_a_jump_is_found_once(solver):
+    """g is zero where the state is kicked: before it, and after it too."""
+    event = jode.Event(lambda t, y, a: t - 0.7, terminate=False, most=4)
+    f = lambda t, y, a: -y
+    for given in ({"stops": [0.7]}, {"jumps": ([0.7], lambda t, y, a: y + 1)}):
+        hit = jode.solve(f, 1.0, (0.0, 2.0), solver=solver, observe=event, **given).observed
+        assert hit.count == 1
+        np.testing.assert_allclose(hit.t[0], 0.7, rtol=1e-13)
+        np.testing.assert_allclose(hit.y[0], np.exp(-0.7), rtol=1e-8)
+    level = jode.Event(lambda t, y, a: y - 0.5, terminate=False, most=4)
+    dose = ([np.log(2.0)], lambda t, y, a: y + 1)
+    hit = jode.solve(f, 1.0, (0.0, 3.0), solver=solver, observe=level, jumps=dose).observed
+    np.testing.assert_allclose(hit.t[-2:], np.nan)
+    assert hit.t[1] > 1.0 or hit.count == 1
+
+
+@pytest.mark.parametrize("wrong", ["pair", "vector", "bool", "int", "nothing", "complex", "dict"])
+def test_g_of_an_event_is_one_real_number(wrong):
+    g = {
+        "pair": lambda t, y, a: (y,),
+        "vector": lambda t, y, a: y[None],
+        "bool": lambda t, y, a: y > 0,
+        "int": lambda t, y, a: 1,
+        "nothing": lambda t, y, a: None,
+        "complex": lambda t, y, a: jax.lax.complex(y, y),
+        "dict": lambda t, y, a: {"a": y},
+    }[wrong]
+    with pytest.raises(TypeError, match=r"Event: g\(t, y, args\) must return one real number.*; got"):
+        jode.solve(lambda t, y, a: -y, 1.0, (0.0, 1.0), observe=jode.Event(g))
+    with pytest.raises(ValueError, match="looks must be"):
+        jode.Event(below, looks=0)
+
+
+NO_TIME = {
+    "tsit5": (jode.Adaptive(), {}),
+    "rodas5p": (jode.Adaptive(jode.rodas5p), {}),
+    "fixed": (jode.Fixed(jode.rk4, 3), {}),
+    "stops": (jode.Adaptive(), {"stops": [1.5, 1.7]}),
+}
+
+
+@pytest.mark.parametrize("t1", [1.0, 2.0, 0.5], ids=["alone", "beside one on", "beside one back"])
+@pytest.mark.parametrize("case", NO_TIME)
+def test_over_no_time_observers_know_the_initial_state(case, t1):
+    """And its derivatives by y0, the initial time, args and the time looked at: y' = -k y t, g = k y² + t."""
+    solver, given = NO_TIME[case]
+
+    def seen(y0, t0, k, t, t1):
+        f, g = (lambda t, y, k: -k * y * t), (lambda t, y, k: k * y * y + t)
+        observe = jode.Dense(64), jode.At(t[None], g), jode.Steps(64), jode.Event(lambda t, y, k: y - 0.7)
+        sol = jode.solve(f, y0, jnp.stack([t0, t1]), k, solver=solver, observe=observe, **given)
+        p, at, steps, hit = sol.observed
+        return jnp.stack([p(t), at[0]]), (p.until, steps.count, hit.count, sol.status)
+
+    def known(y0, t0, k, t):
+        y = y0 * jnp.exp(-k * (t * t - t0 * t0) / 2)
+        return jnp.stack([y, k * y * y + t])
+
+    x = (jnp.float64(0.7), jnp.float64(1.0), jnp.float64(1.3), jnp.float64(1.0))
+    if t1 == 1.0:
+        value, (until, steps, hits, status) = seen(*x, x[1])
+        np.testing.assert_array_equal(value, known(*x))
+        assert (until, steps, hits, status) == (1.0, 0, 0, jode.Status.success)
+        for derivative in (jax.jacrev, jax.jacfwd):
+            got = jax.jit(derivative(lambda *x: seen(*x)[0], (0, 1, 2, 3)))(*x, x[1])
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-14), got, jax.jacfwd(known, (0, 1, 2, 3))(*x))
+    rows = [jnp.stack([z, z]) for z in x]
+    total = lambda f: lambda *x: jnp.sum(f(*x) @ jnp.array([1.0, 10.0]))
+    many = jax.vmap(lambda *x: seen(*x)[0])
+    ends = jnp.array([1.0, t1])
+    np.testing.assert_allclose(many(*rows, ends), jax.vmap(known)(*rows), rtol=1e-15)
+    got = jax.jit(jax.grad(total(many), (0, 1, 2, 3)))(*rows, ends)
+    want = jax.grad(total(jax.vmap(known)), (0, 1, 2, 3))(*rows)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a[0], b[0], rtol=1e-13)
+        np.testing.assert_allclose(a[1], b[1], rtol=1e-6)  # of a polynomial's slope, where the row moves

@@ -45,12 +45,12 @@ class Event:
     """Where g(t, y, args) crosses zero: `Solution.observed` is a `Crossings`.
 
     Within each step the sign of g is looked at on the method's interpolant, at `looks` places equally far apart, the last of them
-    the end of the step. Where it changes a crossing is located to rounding. Between two places a crossing and the one back can be
-    missed, of which g's values at these say nothing: more `looks` or `Adaptive(max_step=...)` bring them closer. g = 0 at the
-    start, to rounding, is no crossing; at the end, coming from one side, it is one. The start and the end are also those between
-    two jumps or stops. To rounding is some hundred units in the last place of the times and states that g reads (see `roundings`). The derivatives of time and state, up to the third, are those of the implicit
-    function g(t, y(t)) = 0, and NaN where g only touches zero. Costs `looks` evaluations of g and of the interpolant a step, and some
-    twenty for each crossing.
+    the end of the step. Where it changes a crossing is located to rounding; all of a step are found, but two between the same two
+    places are missed: more `looks` or `Adaptive(max_step=...)` bring places closer. g = 0 at the start, to rounding, is none:
+    the side that the trajectory leaves to counts. g = 0 at the end, to rounding, is one where the trajectory comes from one side.
+    Stops and jumps are such ends and starts. Rounding is that of the times and states that g reads, see `roundings`. The
+    derivatives of time and state, up to the third, are those of the implicit function g(t, y(t)) = 0, and NaN where g only touches
+    zero. Costs `looks` evaluations of g and of the interpolant a step, and some twenty for each crossing.
 
     g: pure, for one trajectory; a real number. direction: 1 for crossings upwards in the order of the solve, -1 downwards, 0 both.
     terminate: whether the trajectory ends at its first crossing, with `Status.event`; states at save times after it are NaN.
@@ -97,7 +97,7 @@ class EventTable(Table):
         one = jax.tree_util.treedef_is_leaf(out.treedef) and out.shapes == ((),)
         if not (one and jnp.issubdtype(out.dtypes[0], jnp.floating)):
             raise TypeError(
-                f"Event: g(t, y, args) must return one real number, a floating array of shape (), alone and in no container; got {out.like}"
+                f"Event: g(t, y, args) must return one real number, a floating array of shape () in no container; got {out.like}"
             )
         return super().told(out)
 
@@ -110,10 +110,12 @@ class EventTable(Table):
 
     def init(self, march: Any, problem: Problem, c: Any) -> Looked:
         filled, rows = super().init(march, problem, c), march.rows
-        t0 = rows.spread(problem.ts[0])
-        t = t0 if march.solver.lands else c.control.t  # a grid that is found again starts on the way
+        t = t0 = rows.spread(problem.ts[0])
+        fresh = t == t0
+        if not march.solver.lands:  # found again a grid may start on the way
+            t = c.control.t
+            fresh = (t == t0) | march.interrupted(problem, node_of(c.control))
         side = sign_of(self.value(march, t, march.method.read(c.s), problem.params))
-        fresh = (t == t0) | march.interrupted(problem, node_of(c.control))
         return Looked(*filled, jnp.zeros(filled.count.shape, bool), side, fresh)
 
     def overflowed(self, carry: Any) -> Array:
@@ -121,33 +123,15 @@ class EventTable(Table):
 
     def step(self, march: Any, problem: Problem, carry: Looked, seen: Seen) -> Looked:
         assert self.capacity is not None
-        rows, window, n = march.rows, seen.window, self.looks
+        rows, window, n, capacity = march.rows, seen.window, self.looks, self.capacity
         t, h = rows.spread(window.t), rows.spread(window.h)
         taken = (h != 0) & ~carry.over & (True if seen.accept is None else seen.accept)
-        rests = march.solver.rests(march, problem, seen)
         step = (t, h, seen.s, march.method.refined(window, seen.s, seen.slopes), window.params)
         still = jax.lax.stop_gradient(step)
         along = lambda theta: self._along(march, still, theta)
-        start, end = (t, march.method.read(seen.s)), (rows.spread(t + h if seen.t is None else seen.t), march.method.read(seen.s1))
-        start, end = jax.lax.stop_gradient((start, end))
-        signs = sign_of(self.value(march, *end, still[-1]))[None]
-        if n > 1:
-            inside = jax.vmap(lambda theta: sign_of(self._along(march, still, theta)))(jnp.arange(1, n, dtype=t.dtype) / n)
-            signs = jnp.concatenate([inside, signs])
-
-        def at_ends() -> tuple:
-            """The sign just after the start, where that is new, and the one at the end, where nothing smooth goes on."""
-            (first, rate, near), (last, speed, close) = (
-                self._nearly_zero(march, problem, still, theta, *place) for theta, place in ((0.0, start), (1.0, end))
-            )
-            return jnp.where(near, sign_of(rate), sign_of(first)), close & (last * speed < 0)
-
-        side, arrives = jax.lax.cond(
-            jnp.any(taken & (carry.fresh | rests)), at_ends, lambda: (carry.side, jnp.zeros(taken.shape, bool))
-        )
-        side = jnp.where(taken & carry.fresh, side, carry.side)
-        signs = signs.at[-1].set(jnp.where(rests & arrives, 0, signs[-1]))
-        before = jnp.concatenate([side[None], signs[:-1]])
+        rests = march.solver.rests(march, problem, seen)
+        signs = self._signs(march, problem, carry, seen, still, taken, rests)
+        before, signs = signs[:-1], signs[1:]
         turned = (jnp.abs(before) == 1) & (jnp.abs(signs) <= 1) & (signs != before)
         crossed = taken[None] & turned & ((before == -self.direction) | (self.direction == 0))
 
@@ -159,7 +143,7 @@ class EventTable(Table):
             ends = (i.astype(t.dtype) / n, high, rows.pick(before, i), rows.pick(signs, i))
             theta = _root(march.runner, along, *ends, wanted)
             values = self._crossing(march, step, theta, wanted)
-            index = jnp.where(wanted, jnp.minimum(count, self.capacity), self.capacity)
+            index = jnp.where(wanted, jnp.minimum(count, capacity), capacity)
             entries = tuple(rows.write(table, index, x) for table, x in zip(entries, values, strict=True))
             there = jnp.arange(n, dtype=jnp.int32).reshape(-1, *[1] * i.ndim) == i[None]
             return count + wanted.astype(jnp.int32), entries, left & ~there & (not self.terminate)
@@ -168,6 +152,26 @@ class EventTable(Table):
         over = carry.over | (jnp.any(crossed, axis=0) & self.terminate)
         return Looked(count, entries, over, jnp.where(taken, signs[-1], carry.side), jnp.where(taken, rests, carry.fresh))
 
+    def _signs(self, march: Any, problem: Problem, carry: Looked, seen: Seen, step: tuple, taken: Array, rests: Array) -> Array:
+        """The signs of g just after the start of the step, and at the places looked at; rests: rows that come to rest here."""
+        (t, h, *_, params), n, read = step, self.looks, march.method.read
+        t1 = march.rows.spread(t + h if seen.t is None else seen.t)
+        start, end = jax.lax.stop_gradient(((t, read(seen.s)), (t1, read(seen.s1))))
+        signs = sign_of(self.value(march, *end, params))[None]
+        if n > 1:
+            inside = jax.vmap(lambda theta: sign_of(self._along(march, step, theta)))(jnp.arange(1, n, dtype=t.dtype) / n)
+            signs = jnp.concatenate([inside, signs])
+
+        def at_ends() -> tuple:
+            first, rate, near = self._nearly_zero(march, problem, step, 0.0, *start)
+            last, speed, close = self._nearly_zero(march, problem, step, 1.0, *end)
+            return jnp.where(near, sign_of(rate), sign_of(first)), close & (last * speed < 0)
+
+        known = lambda: (carry.side, jnp.zeros(taken.shape, bool))
+        side, arrives = jax.lax.cond(jnp.any(taken & (carry.fresh | rests)), at_ends, known)
+        side = jnp.where(carry.fresh, side, carry.side)
+        return jnp.concatenate([side[None], signs[:-1], jnp.where(rests & arrives, 0, signs[-1])[None]])
+
     def _along(self, march: Any, step: tuple, theta: Array) -> Array:
         """g on the interpolant, a fraction theta into the step: (t, h, s, slopes, params)."""
         t, h, s, ks, params = step
@@ -175,7 +179,7 @@ class EventTable(Table):
         return self.value(march, t + theta * h, y, params)
 
     def _nearly_zero(self, march: Any, problem: Problem, step: tuple, theta: float, at: Array, y: State) -> tuple:
-        """g at the time and state that lie theta into the step, its derivative by theta, and whether g is zero there to rounding."""
+        """g at the time and state theta into the step, its derivative by theta, and whether g is zero there to rounding."""
         t, h, *_, params = step
         g, back = jax.vjp(lambda t, y: self.value(march, t, y, params), at, y)
         _, rate = jax.jvp(lambda theta: self._along(march, step, theta), (jnp.full_like(t, theta),), (jnp.ones_like(t),))

@@ -154,7 +154,7 @@ class StepsTaken(NamedTuple):
 
 @dataclass(frozen=True)
 class Steps(Table):
-    """Every step taken: `Solution.observed` is a `StepsTaken`. A state at a jump is that before it.
+    """Every step taken: `Solution.observed` is a `StepsTaken`. A state at a jump is that before it. A solve over no time has none.
 
     Costs capacity × (state + 1) numbers, no evaluation of f. All derivatives are those of the states computed; times that the solve
     found are constants.
