@@ -184,6 +184,7 @@ class Field:
 
     def control(self, rng, x, pool, t):
         inner = Field(int(rng.integers(2**31)), int(rng.integers(1, 4)), depth=self.depth + 1)
+        inner.differentiated = self.differentiated
         g = lambda x: inner(t, x, ())
         if self.depth > 1:
             return g(x)
@@ -511,7 +512,7 @@ def main():
     parser.add_argument("--programs", type=int, default=10**9)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="the number of the first program")
-    parser.add_argument("--solves", type=float, default=0.06, help="the part that are solves")
+    parser.add_argument("--solves", type=float, default=0.025, help="the part that are solves")
     parser.add_argument("--only", type=int, help="run this program alone, here")
     for hidden in ("--last", "--size"):
         parser.add_argument(hidden, type=int, help=argparse.SUPPRESS)

@@ -12,11 +12,12 @@ of that the function cannot hold. Read in the source of XLA (xla/service/cpu, xl
 - What is handed to a library cannot be written: "Fusion kind not implemented on CPU". Those are products of matrices, and, from
   jax 0.9 on, reductions of which an operand has MANY numbers or more, with what stands beside them. So nothing that computes sees
   so many, and a product is one by a vector (or none of these: the products of two vectors' numbers, or their sum).
-- Nor can what is shared out to threads: "Invalid LLVM IR", or the process stops. Each operation, or what is fused to one, is shared
-  out where it reads and writes twice 2^18 bytes, or, with more flops than bytes, where flops + 2 transcendentals + 10 bytes, which
-  is less than 11 flops + 2 transcendentals, come to twice 100,000. `share` sums both over all of a program, each as a part of what
-  is allowed, so that it does not matter what is fused with what. Loops of one turn XLA takes away, others it never unrolls: what
-  is inside of a scan of more turns is fused with nothing outside. A table may be copied, in a piece: it is read and written.
+- Nor can what is shared out to threads: "Invalid LLVM IR", or the process stops. An operation, or what is fused to one, is shared
+  out where it has more flops than bytes, and flops + 2 transcendentals + 10 bytes, which is less than 11 flops + 2 transcendentals,
+  come to twice 100,000; else where it reads and writes twice 2^18 bytes. `most` bounds both by sums over all of a program, so that
+  it does not matter what is fused with what. Loops of one turn are taken away, others are never unrolled and fused with nothing
+  outside of them. Fewer flops than FLOPS (18,181 would do) make results of less than 2^17 + 2^14 bytes; with those and MOVED an
+  operation stays below 2^19. A table is below 2^18, for it may be copied: read and written.
 
 A table, which may have more than MANY numbers, is filled, read in slices or by index, written to in place and moved, and no more.
 """
