@@ -50,7 +50,7 @@ ONE = _names(
     "le_to log log1p lt lt_to max min mul ne neg not or real reduce_precision round rsqrt select_n shift_left",
     "shift_right_arithmetic shift_right_logical sin sqrt square sub tan tanh xor",
 )
-TWO = _names("clamp convert_element_type exp2 pow rem sign")
+TWO = _names("clamp convert_element_type exp2 log2 one_minus_square pow rem sign")
 SOME = _names("acos acosh argmax argmin asin asinh atan atanh cosh logistic sinh")
 LONG = _names("digamma erf_inv erfc lgamma nextafter")
 ELEMENTWISE = ONE | TWO | SOME | LONG | {"integer_pow"}
