@@ -33,8 +33,3 @@ class _Settings(ModuleType):
 
 one_function: str = checked(os.environ.get("JODE_ONE_FUNCTION", "auto"), "the environment variable JODE_ONE_FUNCTION")
 sys.modules[__name__].__class__ = _Settings
-
-
-def allows_one_function() -> bool:
-    """Whether small marches may be one function, as it is set now."""
-    return one_function == "auto"

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jode.config import allows_one_function
+import jode.config
 
 # Components up to which a state is small. For small states the rows of a batch lie last: Lotka-Volterra, 10,000 rows, Tsit5 takes
 # 1.7 µs a trajectory so, and 4.6 µs with rows first. For large ones each row is whole, as matrix products and convolutions want it.
@@ -72,7 +72,7 @@ def one_function(platform: str | None, state: int, times: int, backwards: bool) 
     (`jode.config.one_function`).
     """
     most = 512 if backwards else 4096 if times > 1 and state <= SMALL else 128
-    tried = jax.__version_info__[:2] in TRIED and allows_one_function()
+    tried = jax.__version_info__[:2] in TRIED and jode.config.one_function == "auto"
     return platform == "cpu" and tried and state * times <= most
 
 

@@ -59,6 +59,7 @@ CLAIMS = {
         out.startswith("stiff\nsuccess") and bool(jnp.isfinite(s["gradient"])) and bool(jnp.isfinite(s["pattern"]).all())
     ),
     "docs/extend.md": lambda s, _: int(s["sol"].stats.steps) < 300 and abs(s["largest"](1.0) - 2.94) < 0.1,
+    "docs/troubleshooting.md": lambda *_: jode.config.one_function == "auto",
     "docs/reference/methods.md": lambda s, _: s["kutta3"].order == 3,
 }
 

@@ -1,5 +1,9 @@
 """Small marches as one function each on a CPU: which are, and that what XLA's emitter does not know stays outside."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +11,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jode
+from jode.native import whole as rule
+from jode.tuning import TRIED, one_function
 from tests.problems import users_jit
 
 pytestmark = [
-    pytest.mark.skipif(jax.default_backend() != "cpu" or jax.__version_info__ >= (0, 13), reason="a way of XLA on a CPU"),
+    pytest.mark.skipif(jax.default_backend() != "cpu" or jax.__version_info__[:2] not in TRIED, reason="a way of XLA on a CPU"),
     pytest.mark.optimized,
 ]
 A = np.random.default_rng(0).normal(size=(3, 3)) / 3
@@ -120,3 +126,147 @@ def test_rows_of_a_batch_are_those_of_solves_alone():
     one = lambda a: jnp.sum(jode.odeint(f, Y0, (0.0, 1.0), a, solver=SOLVERS["adaptive"])[-1] ** 2)
     for form in (one, jax.grad(one), jax.grad(jax.grad(one))):
         np.testing.assert_allclose(users_jit(jax.vmap(form))(a), [users_jit(form)(x) for x in a], rtol=1e-10)
+
+
+W = np.random.default_rng(1).uniform(0.1, 0.9, 20_000)
+LARGE = {  # f(n) has something of n numbers
+    "inner product": lambda n: lambda t, y, a: -y * a * jnp.dot(W[:n], W[:n] * a) / n,
+    "row by vector": lambda n: lambda t, y, a: -y * (jnp.asarray(W[:n])[None] @ (W[:n] * a))[0] / n,
+    "einsum": lambda n: lambda t, y, a: -y * jnp.einsum("i,i->", W[:n], W[:n] * a) / n,
+    "sum": lambda n: lambda t, y, a: -y * jnp.sum(a * W[:n]) / n,
+    "argmax": lambda n: lambda t, y, a: -a * y + 0.01 * jnp.argmax(a * W[:n]).astype(float) / n,
+    "outer product": lambda n: lambda t, y, a: -y * jnp.sum(jnp.outer(a * W[: n // 8], W[:8])[1]),
+    "power": lambda n: lambda t, y, a: -y * jax.lax.while_loop(lambda z: z[0] < 1, lambda z: (z + 0.3) ** a + 1, W[:n])[7],
+    "sinh": lambda n: lambda t, y, a: -y * jax.lax.while_loop(lambda z: z[0] < 0.9, jnp.sinh, a * (W[:n] + 0.5))[7],
+    "arcsin": lambda n: lambda t, y, a: -y * jax.jit(jnp.arcsin, inline=False)(W[:n] * a)[7],
+    "logarithm of the gamma function": lambda n: lambda t, y, a: -y * jax.jit(jax.lax.lgamma, inline=False)(W[:n] * a)[7],
+    "branch": lambda n: lambda t, y, a: -y * jax.lax.cond(y[0] > 0, jnp.arccosh, jnp.sin, a + W[:n] + 1)[7],
+    "one turn": lambda n: lambda t, y, a: -y * jax.lax.fori_loop(0, 1, lambda _, z: jnp.sin(z) * z, a * W[:n])[7],
+    "table": lambda n: lambda t, y, a: -a * y * jnp.asarray(np.tile(W, 8)[: 8 * n])[jnp.int32(50 * t)],
+}
+
+
+@pytest.mark.parametrize("n", [32, rule.MANY - 8, rule.MANY, 4 * rule.MANY])
+@pytest.mark.parametrize("name", LARGE)
+def test_fields_on_both_sides_of_every_threshold_are_solved(name, n):
+    """Some of each failed to compile, or ended the process, as one function: from 4,096 numbers on, or where shared out to threads."""
+    f = loss(LARGE[name](n), jode.Fixed(jode.euler, 2))
+    value = users_jit(f)(0.7)
+    with jax.disable_jit():
+        np.testing.assert_allclose(value, f(0.7), rtol=1e-11)
+    if n == 32:
+        assert whole(f, 0.7)
+
+
+UNARY = "abs acos acosh asin asinh atan atanh cbrt ceil cos cosh digamma erf erf_inv erfc exp exp2 expm1 floor is_finite lgamma log"
+UNARY += " log1p logistic neg round rsqrt sign sin sinh sqrt square tan tanh conj real imag"
+BINARY = "add atan2 div max min mul nextafter pow rem sub eq ge lt ne"
+KINDS = ["float32", "float64", "bfloat16", "complex64", "int32"]
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_xla_makes_no_more_operations_of_one_than_are_counted(dtype):
+    """What XLA itself counts for each primitive as it compiles it, on this version of JAX."""
+    n = 300
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.uniform(low, low + 0.8, n) * (100 if dtype == "int32" else 1)).astype(dtype) for low in (0.1, 1.1))
+    programs = {name: (getattr(jax.lax, name), (y,) if name == "acosh" else (x,)) for name in UNARY.split()}
+    programs |= {name: (getattr(jax.lax, name), (x, y)) for name in BINARY.split()}
+    programs |= {"slope of tanh": (jax.grad(lambda x: jnp.sum(jnp.tanh(x))), (x,)), "log2": (jnp.log2, (x,))}
+    programs |= {f"power {n}": (lambda x, n=n: jax.lax.integer_pow(x, n), (x,)) for n in (2, 3, -5, 31, 1023)}
+    programs |= {"sum": (lambda x: jnp.sum(x), (x,)), "argmax": (lambda x: jax.lax.argmax(x, 0, jnp.int32), (x,))}
+    programs |= {"where": (lambda x, y: jnp.where(x == y, x, y), (x, y)), "gather": (lambda x: x[jnp.arange(0, n, 3)], (x,))}
+    asked = 0
+    for name, (f, xs) in programs.items():
+        try:
+            program, lowered = jax.make_jaxpr(f)(*xs), jax.jit(f).lower(*xs)
+        except (TypeError, NotImplementedError):
+            continue  # not for this kind of numbers
+        count = lowered.compile().cost_analysis()
+        count = count[0] if isinstance(count, list) else count
+        assert count.get("flops", 0) + 2 / 11 * count.get("transcendentals", 0) <= rule.most(program).flops + 60, name
+        asked += 1
+    assert asked > 10
+
+
+def test_loops_of_one_turn_count_and_loops_of_more_are_apart():
+    x = jnp.ones(1000)
+    flops = lambda f: rule.most(jax.make_jaxpr(f)(x)).flops
+    body = lambda z: jnp.sin(z) * z
+    while_loop = lambda limit: lambda x: jax.lax.while_loop(lambda c: c[0] < limit(x), lambda c: (c[0] + 1, body(c[1])), (0.0, x))
+    assert flops(lambda x: jax.lax.fori_loop(0, 1, lambda _, z: body(z), x)) >= 2000
+    assert flops(lambda x: jax.lax.fori_loop(0, 3, lambda _, z: body(z), x)) < 2000
+    assert flops(while_loop(lambda x: 1.0)) >= 2000
+    assert flops(while_loop(lambda x: x[0])) < 2000
+    assert flops(lambda x: jax.lax.cond(x[0] > 0, body, jnp.sin, x)) >= 2000
+    assert (
+        flops(
+            lambda x: jax.lax.while_loop(
+                lambda c: c[0] < 1.0, lambda c: (c[0] + 1, body(jax.lax.fori_loop(0, 40, lambda _, z: body(z), c[1]))), (0.0, x)
+            )[1]
+        )
+        < rule.FLOPS
+    )
+
+
+def test_what_moves_counts_and_tables_are_below_their_size():
+    tables = lambda k: lambda *xs: sum(jax.lax.slice(jax.lax.rev(x, (0,)), (0,), (1,)) for x in xs[:k])
+    xs = [jnp.ones(rule.TABLE // 32) for _ in range(16)]
+    assert rule.most(jax.make_jaxpr(tables(2))(*xs)).moved < rule.MOVED <= rule.most(jax.make_jaxpr(tables(16))(*xs)).moved
+    assert not np.isfinite(rule.most(jax.make_jaxpr(lambda x: jax.lax.rev(x, (0,)))(jnp.ones(rule.TABLE // 8))).flops)
+    assert np.isfinite(rule.most(jax.make_jaxpr(lambda x: jax.lax.rev(x, (0,)))(jnp.ones(rule.TABLE // 8 - 1))).flops)
+
+
+MLP = jax.tree.map(
+    jnp.asarray, [np.random.default_rng(i).normal(size=s) / 4 for i, s in enumerate([(32, 2), (32,), (32, 32), (2, 32)])]
+)
+
+
+def network(t, y, w):
+    return w[3] @ jnp.tanh(w[2] @ jnp.tanh(w[0] @ y + w[1]))
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_a_small_network_is_one_function_with_its_gradient(solver):
+    f = lambda w: jnp.sum(jode.odeint(network, jnp.array([0.5, -0.3]), (0.0, 1.0), w, solver=solver)[-1] ** 2)
+    gradient, direction = jax.grad(f), jax.tree.map(jnp.cos, MLP)
+    assert jax.jit(gradient).lower(MLP).as_text().count("xla_cpu_small_call") >= 2
+    found = sum(jnp.sum(g * d) for g, d in zip(users_jit(gradient)(MLP), direction, strict=True))
+    np.testing.assert_allclose(found, users_jit(lambda w: jax.jvp(f, (w,), (direction,))[1])(MLP), rtol=1e-9)
+
+
+@pytest.fixture
+def settings():
+    yield jode.config
+    jode.config.one_function = "auto"
+
+
+def test_the_switch_holds_for_solves_made_before(settings):
+    f = jax.jit(loss(KNOWN["stack"], SOLVERS["fixed"]))
+    value = f(0.7)
+    assert "xla_cpu_small_call" in f.lower(0.7).as_text()
+    settings.one_function = "never"
+    assert "xla_cpu_small_call" not in f.lower(0.7).as_text()
+    np.testing.assert_allclose(f(0.7), value, rtol=1e-13)
+    settings.one_function = "auto"
+    assert "xla_cpu_small_call" in f.lower(0.7).as_text()
+    with pytest.raises(ValueError, match=r"jode.config.one_function must be one of 'auto', 'never', got 'always'"):
+        settings.one_function = "always"
+    assert settings.one_function == "auto"
+
+
+@pytest.mark.parametrize(("said", "ends"), [("never", 0), ("always", 1)])
+def test_the_environment_says_what_the_switch_is_at_first(said, ends):
+    code = "import jode.config; assert jode.config.one_function == 'never'"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "JODE_ONE_FUNCTION": said}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == ends
+    assert not ends or "JODE_ONE_FUNCTION must be one of 'auto', 'never', got 'always'" in done.stderr
+
+
+@pytest.mark.parametrize("version", [(0, 6, 2), (0, 13, 0), (0, 20, 0), (1, 0, 0)])
+def test_versions_that_were_not_tried_do_not_take_the_path(monkeypatch, version):
+    assert one_function("cpu", 3, 1, False)
+    monkeypatch.setattr(jax, "__version_info__", version)
+    assert not one_function("cpu", 3, 1, False)

@@ -12,11 +12,12 @@ of that the function cannot hold. Read in the source of XLA (xla/service/cpu, xl
 - What is handed to a library cannot be written: "Fusion kind not implemented on CPU". Those are products of matrices, and, from
   jax 0.9 on, reductions of which an operand has MANY numbers or more, with what stands beside them. So nothing that computes sees
   so many, and a product is one by a vector (or none of these: the products of two vectors' numbers, or their sum).
-- Nor can what is shared out to threads: "Invalid LLVM IR", or the process stops. Each operation, or what is fused to one, is shared
-  out where it reads and writes twice 2^18 bytes, or, with more flops than bytes, where flops + 2 transcendentals + 10 bytes, which
-  is less than 11 flops + 2 transcendentals, come to twice 100,000. `share` sums both over all of a program, each as a part of what
-  is allowed, so that it does not matter what is fused with what. Loops of one turn XLA takes away, others it never unrolls: what
-  is inside of a scan of more turns is fused with nothing outside. A table may be copied, in a piece: it is read and written.
+- Nor can what is shared out to threads: "Invalid LLVM IR", or the process stops. An operation, or what is fused to one, is shared
+  out where it has more flops than bytes, and flops + 2 transcendentals + 10 bytes, which is less than 11 flops + 2 transcendentals,
+  come to twice 100,000; else where it reads and writes twice 2^18 bytes. `most` bounds both by sums over all of a program, so that
+  it does not matter what is fused with what. Loops of one turn are taken away, others are never unrolled and fused with nothing
+  outside of them. Fewer flops than FLOPS (18,181 would do) make results of less than 2^17 + 2^14 bytes; with those and MOVED an
+  operation stays below 2^19. A table is below 2^18, for it may be copied: read and written.
 
 A table, which may have more than MANY numbers, is filled, read in slices or by index, written to in place and moved, and no more.
 """
@@ -46,10 +47,10 @@ def _names(*lines: str) -> frozenset:
 # By how many operations XLA makes of one at most, in 0.7, 0.10 and 0.12: see `_operations`.
 ONE = _names(
     "abs add add_any and atan2 cbrt ceil complex conj copy copy_p cos div eq eq_to erf exp expm1 floor ge gt imag is_finite le",
-    "le_to log log1p lt lt_to max min mul ne neg not or real reduce_precision round rsqrt select_n shift_left shift_right_arithmetic",
-    "shift_right_logical sin sqrt square sub tan tanh xor",
+    "le_to log log1p lt lt_to max min mul ne neg not or real reduce_precision round rsqrt select_n shift_left",
+    "shift_right_arithmetic shift_right_logical sin sqrt square sub tan tanh xor",
 )
-TWO = _names("clamp convert_element_type exp2 pow rem sign")
+TWO = _names("clamp convert_element_type exp2 log2 one_minus_square pow rem sign")
 SOME = _names("acos acosh argmax argmin asin asinh atan atanh cosh logistic sinh")
 LONG = _names("digamma erf_inv erfc lgamma nextafter")
 ELEMENTWISE = ONE | TWO | SOME | LONG | {"integer_pow"}
@@ -57,9 +58,9 @@ COMPLEX = _names(
     "add add_any complex conj convert_element_type copy copy_p div eq imag mul ne neg real select_n sub"
 )  # four at most
 REDUCING = _names("argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum")
-MOVING = _names("broadcast_in_dim concatenate gather iota pad reshape rev split squeeze stack tile transpose unstack")
+MOVING = _names("broadcast_in_dim concatenate empty empty2 gather iota pad reshape rev split squeeze stack tile transpose unstack")
 SLICING = _names("dynamic_slice dynamic_update_slice scatter scatter-add scatter-max scatter-min scatter-mul slice")
-IDENTITY = _names("name optimization_barrier stop_gradient")
+IDENTITY = _names("device_put name optimization_barrier stop_gradient")
 INLINED = _names("checkpoint closed_call custom_jvp_call custom_linear_solve custom_vjp_call jit pjit remat2")
 LOOPS = _names("cond scan while")
 DTYPES = _names(
@@ -90,7 +91,7 @@ class Most(NamedTuple):
 
 def most(program: Any, given: Sequence[bool] = ()) -> Most:
     """The bounds for a traced program; given: which of its operands XLA may know."""
-    jaxpr = getattr(program, "jaxpr", program)
+    jaxpr = _open(program)
     unknown = set(jaxpr.invars) - {v for v, k in zip(jaxpr.invars, given, strict=False) if k}
     knows = lambda xs: [isinstance(v, Literal) or v not in unknown for v in xs]
     flops, moved, touched = 0.0, 0.0, {}
@@ -115,6 +116,7 @@ def _most(eqn: Any, known: Sequence[bool]) -> Most:
     name = eqn.primitive.name
     given, made = ([x.aval for x in xs] for xs in (eqn.invars, eqn.outvars))
     safe = all(getattr(x.dtype, "name", None) in DTYPES and _is_table(x) for x in (*given, *made))
+    safe = safe and all(d is None for d in eqn.params.get("devices", ()))
     if safe and (name in LOOPS or name in INLINED or name in IDENTITY):
         return _most_within(eqn, known)
     few, largest = all(x.size < MANY for x in (*given, *made)), max((x.size for x in (*given, *made)), default=0)
@@ -137,17 +139,17 @@ def _most_within(eqn: Any, known: Sequence[bool]) -> Most:
     name, p, beside, out = eqn.primitive.name, eqn.params, True, [all(known)] * len(eqn.outvars)
     if name == "while":
         n, m = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
-        test, body, starts = p["cond_jaxpr"], p["body_jaxpr"], [*known[:n], *known[m:]]
-        read = {v for e in test.eqns for v in e.invars if not isinstance(v, Literal)}.union(test.jaxpr.outvars)
-        beside = all(k for v, k in zip(test.jaxpr.invars, starts, strict=True) if v in read)
-        out = _carried(body, m - n, known[m:], beside)
+        test, body, starts = _open(p["cond_jaxpr"]), _open(p["body_jaxpr"]), [*known[:n], *known[m:]]
+        read = {v for e in test.eqns for v in e.invars if not isinstance(v, Literal)}.union(test.outvars)
+        beside = all(k for v, k in zip(test.invars, starts, strict=True) if v in read)
+        carried = zip(body.invars[m - n :], body.outvars, known[m:], strict=True)
+        out = [
+            k and (beside or v is w) for v, w, k in carried
+        ]  # what a loop carries stays what it is, or is not known inside of it
         inside = [most(test, [*known[:n], *out]), most(body, [*known[n:m], *out])]
     elif name == "scan":
-        n, m = p["num_consts"], p["num_consts"] + p["num_carry"]
-        beside = p["length"] == 1
-        out = _carried(p["jaxpr"], n, known[n:m], beside)
-        inside = [most(p["jaxpr"], [*known[:n], *out, *known[m:]])]
-        out = [*out, *inside[0].known[m - n :]]
+        inside, beside = [most(p["jaxpr"], known)], p["length"] == 1
+        out = inside[0].known
     elif name == "cond":
         each = [most(x, known[1:]) for x in p["branches"]]
         inside = [Most(max(x.flops for x in each), max(x.moved for x in each), ())]
@@ -158,12 +160,6 @@ def _most_within(eqn: Any, known: Sequence[bool]) -> Most:
     if not all(x.safe for x in inside):
         return Most(math.inf, math.inf, out)
     return Most(sum(x.flops for x in inside), sum(x.moved for x in inside), out) if beside else Most(0.0, 0.0, out)
-
-
-def _carried(body: Any, consts: int, starts: Sequence[bool], beside: bool) -> list[bool]:
-    """Which of what a loop carries XLA may know inside of it: what it knows at first, if that is all or if it stays as it is."""
-    pairs = zip(body.jaxpr.invars[consts:], body.jaxpr.outvars, starts, strict=False)
-    return [k and (beside or v is w) for v, w, k in pairs]
 
 
 def _product(eqn: Any, few: bool) -> tuple[bool, float]:
@@ -190,6 +186,10 @@ def _operations(eqn: Any) -> float:
     else:
         n = 1.0 if name in ONE else 2.0 if name in TWO else 16.0 if name in SOME else 400.0
     return n * (2 + len(eqn.invars)) if any(_half(v.aval) for v in (*eqn.invars, *eqn.outvars)) else n
+
+
+def _open(program: Any) -> Any:
+    return getattr(program, "jaxpr", program)
 
 
 def _half(x: Any) -> bool:
