@@ -127,7 +127,7 @@ def solve(
     _, _, still, _ = static
     norm = getattr(solver, "norm", None)
     functions = *filter(callable, still), solver.method.jac, norm and norm.norm, *asked.functions, *asked.beside
-    known = Known(checked, padded, live((y0, ts, dynamic)))
+    known = Known(checked, padded, live((y0, ts, dynamic)), jax.config.jax_debug_nans)  # pyright: ignore
     return _solve_cached((functions, (y0, f, args, solver, jumps)), y0, ts, dynamic, static, adjoint, known)
 
 
@@ -376,13 +376,14 @@ def _check_stops(solver: Solver, adjoint: Adjoint) -> None:
 
 
 class Known(NamedTuple):
-    """Of a solve where it is traced: whether all numbers were checked at the door, whether save times may be padded, and of how
-    many rows the maps around are.
+    """Of a solve where it is traced: whether all numbers were checked at the door, whether save times may be padded, of how many
+    rows the maps around are, and whether JAX looks for NaNs.
     """
 
     checked: bool
     padded: bool
     rows: int
+    nans: bool
 
 
 def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, known: Known) -> Solution:

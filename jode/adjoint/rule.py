@@ -132,7 +132,7 @@ def contained(
     for watch, table, bar in zip(march.plan.watches, values, obar, strict=True):
         spoiled = spoiled | watch.spoils(rows, table, bar)
         touched = reduce(jnp.logical_or, [~rows.all(jnp.all(b == 0, axis=0)) for b in bar], touched)
-    obar = jax.tree.map(lambda x, b: jnp.where(jnp.isnan(x), 0, b), values, obar)
+    obar = jax.tree.map(lambda x, b: jnp.where(jnp.isfinite(x), b, 0), values, obar)
     g = Given(tuple(jnp.where(good, x, 0) for x in ybar), obar, values)
     c, wrong = pull(replace_failed(march, to_layout(march, problem), broken), g)
     spoiled = spoiled | (wrong & touched)

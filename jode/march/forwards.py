@@ -239,7 +239,7 @@ class March:
         if not self.may_end:
             return None
         sign, tables = direction(self.save_times(problem)), zip(self.plan.watches, observed, strict=True)
-        return sign * reduce(jnp.fmin, [sign * self.rows.number(x[0][0]) for w, x in tables if w.ends])
+        return sign * reduce(jnp.fmin, [sign * _or_nan(self.rows.number(x[0][0])) for w, x in tables if w.ends])
 
     @property
     def may_end(self) -> bool:
@@ -406,6 +406,11 @@ class March:
     def pullback_nfe(self) -> int:
         """Evaluations that pulling back through one step takes."""
         return self.method.pullback_nfe(self.needs_slopes)
+
+
+def _or_nan(t: Array) -> Array:
+    """A time of a table, NaN where there is none."""
+    return jnp.where(jnp.isfinite(t), t, jnp.nan)
 
 
 def _lifted(plan: Plan, rows: Rows, mapped: Any) -> tuple:

@@ -11,24 +11,37 @@ import jax
 
 
 class Settings(NamedTuple):
-    """What of JAX's configuration the trace of a function depends on: the width of numbers, the precision of products, and how
-    dtypes and ranks are promoted.
+    """What of JAX's configuration the trace of a function depends on: the width of numbers, the precision of products, how dtypes
+    and ranks are promoted, and whether JAX looks for NaNs.
     """
 
     x64: bool
     matmul: Any
     dtypes: str
     ranks: str
+    nans: bool
 
     @classmethod
     def now(cls) -> Settings:
         c: Any = jax.config
-        return cls(c.jax_enable_x64, c.jax_default_matmul_precision, c.jax_numpy_dtype_promotion, c.jax_numpy_rank_promotion)
+        return cls(
+            c.jax_enable_x64,
+            c.jax_default_matmul_precision,
+            c.jax_numpy_dtype_promotion,
+            c.jax_numpy_rank_promotion,
+            c.jax_debug_nans,
+        )
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """A context with these settings."""
-        managers: tuple[Any, ...] = _enable_x64, jax.default_matmul_precision, jax.numpy_dtype_promotion, jax.numpy_rank_promotion
+        managers: tuple[Any, ...] = (
+            _enable_x64,
+            jax.default_matmul_precision,
+            jax.numpy_dtype_promotion,
+            jax.numpy_rank_promotion,
+            jax.debug_nans,
+        )
         with ExitStack() as stack:
             for manager, then, now in zip(managers, self, Settings.now(), strict=True):
                 if then != now:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jode.control.adaptive import direction
-from jode.observe.base import Bars, Seen, slack, within
+from jode.observe.base import Bars, Seen, nothing, slack, within
 from jode.observe.table import Filled, Table
 from jode.tree import State, add, increment, increment_stacked
 from jode.window import Problem
@@ -78,7 +78,7 @@ class AtTimes(Table):
         return march.runner.until(lambda c: ~jnp.any(pending(c.count)), one, carry)
 
     def spoils(self, rows: Any, entries: State, bars: State) -> Array:
-        there = ~jnp.isnan(entries[0])
+        there = jnp.isfinite(entries[0])
         touched = [~rows.all(jnp.all(there | (b == 0), axis=0)) for b in bars]
         return reduce(jnp.logical_or, touched)
 
@@ -123,7 +123,7 @@ class AtTimes(Table):
     def ended(self, march: Any, problem: Problem, entries: State, end: Array) -> State:
         sign, rows = direction(march.save_times(problem)), march.rows
         late = rows.over_time(jax.vmap(lambda t: rows.spread(sign * (t - end) > 0))(self.times(problem)))
-        return tuple(jnp.where(late, jnp.nan, x).astype(x.dtype) for x in entries)
+        return tuple(jnp.where(late, nothing(), x).astype(x.dtype) for x in entries)
 
     def result(self, entries: State, reached: Array, unflatten: Callable) -> Any:
         assert self.out is not None

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jode.tree import State
 from jode.window import Problem, Window
+
+
+def nothing() -> float:
+    """What tables hold where nothing is: NaN; infinity while JAX looks for NaNs, for none of these is a mistake."""
+    config: Any = jax.config
+    return math.inf if config.jax_debug_nans else math.nan
 
 
 class Seen(NamedTuple):

@@ -105,5 +105,9 @@ class Dense(Table):
 
     def result(self, entries: State, reached: Array, unflatten: Callable) -> Interpolation:
         starts, widths, *tables = entries
+        # What lies behind the entries of a row that has some is finite: JAX looks for NaNs, and there is none in the solution.
+        behind = ~jnp.isfinite(starts) & jnp.isfinite(starts[:1])
+        starts, widths = jnp.where(behind, reached, starts), jnp.where(behind, 1, widths).astype(widths.dtype)
+        tables = [jnp.where(behind, 0, x).astype(x.dtype) for x in tables]
         coefficients = tuple(x.reshape(x.shape[0], self.degree + 1, -1) for x in tables)
         return Interpolation(starts[:, 0], widths[:, 0], reached, coefficients, unflatten)

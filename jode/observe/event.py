@@ -236,7 +236,7 @@ class EventTable(Table):
 
     def result(self, entries: State, reached: Array, unflatten: Callable) -> Crossings:
         t, *y = entries
-        count = jnp.sum(~jnp.isnan(t[:, 0]), dtype=jnp.int32)
+        count = jnp.sum(jnp.isfinite(t[:, 0]), dtype=jnp.int32)
         if self.capacity == 1:
             return Crossings(t[0, 0], unflatten(tuple(x[0] for x in y), ()), count)
         return Crossings(t[:, 0], unflatten(tuple(y), (t.shape[0],)), count)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jode.control.adaptive import direction
-from jode.observe.base import Bars, Seen, Watch
+from jode.observe.base import Bars, Seen, Watch, nothing
 from jode.tree import Layout, State, add, stack_full, unstack
 from jode.window import Problem
 
@@ -76,7 +76,7 @@ class Table(Watch):
         assert self.capacity is not None
         like = tuple(march.rows.repeated(jnp.zeros(x.shape, x.dtype)) for x in self.shapes(march.plan))
         count = march.rows.spread(jnp.zeros((), jnp.int32))
-        return Filled(count, stack_full(self.capacity + 1, like, jnp.asarray(jnp.nan)))
+        return Filled(count, stack_full(self.capacity + 1, like, jnp.asarray(nothing())))
 
     def step(self, march: Any, problem: Problem, carry: Filled, seen: Seen) -> Filled:
         assert self.capacity is not None
@@ -109,18 +109,18 @@ class Table(Watch):
         """The tables of rows that ended at some time, a column (NaN where they did not). Entries lead with their time."""
         sign, rows = direction(march.save_times(problem)), march.rows
         late = jax.vmap(lambda t: sign * (rows.number(t) - end) > 0)(entries[0])
-        return tuple(jnp.where(rows.over_time(late), jnp.nan, x).astype(x.dtype) for x in entries)
+        return tuple(jnp.where(rows.over_time(late), nothing(), x).astype(x.dtype) for x in entries)
 
     def spoils(self, rows: Any, entries: State, bars: State) -> Array:
         """Rows with cotangents of what is not there: those without an entry. What lies behind the entries is no number, and
         cotangents of it mean nothing.
         """
         touched = [~rows.all(jnp.all(b == 0, axis=0)) for b in bars]
-        return rows.all(jnp.isnan(entries[0][0])) & reduce(jnp.logical_or, touched)
+        return rows.all(~jnp.isfinite(entries[0][0])) & reduce(jnp.logical_or, touched)
 
     def left(self, march: Any, problem: Problem, entries: State) -> Array:
         """How many entries each row has, given the tables, whose first vector has one component."""
-        return march.rows.spread(jnp.sum(march.rows.as_column(~jnp.isnan(entries[0])), axis=0, dtype=jnp.int32))
+        return march.rows.spread(jnp.sum(march.rows.as_column(jnp.isfinite(entries[0])), axis=0, dtype=jnp.int32))
 
     def pull(
         self, march: Any, problem: Problem, left: Array, seen: Seen, K: State, g: State, values: State, bars: Bars
@@ -169,4 +169,4 @@ class Steps(Table):
     def result(self, entries: State, reached: Array, unflatten: Callable) -> StepsTaken:
         ts, *ys = entries
         ts = ts[:, 0]
-        return StepsTaken(ts, unflatten(tuple(ys), ts.shape), jnp.sum(~jnp.isnan(ts), dtype=jnp.int32))
+        return StepsTaken(ts, unflatten(tuple(ys), ts.shape), jnp.sum(jnp.isfinite(ts), dtype=jnp.int32))
