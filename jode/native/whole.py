@@ -19,6 +19,11 @@ of that the function cannot hold. Read in the source of XLA (xla/service/cpu, xl
   outside of them. Fewer flops than FLOPS (18,181 would do) make results of less than 2^17 + 2^14 bytes; with those and MOVED an
   operation stays below 2^19. A table is below 2^18, for it may be copied: read and written.
 
+Products of small matrices, a network's on the rows of a batch, stay outside: a library takes those of eight numbers a side. Written
+as sums they could be inside, but what pays then is the sums: ten rows of a network 2-32-2, 20 steps of rk4, take 94 µs with
+products, 40 with sums, and 31 with sums in one function; their gradient 555, 114 and 110. One trajectory of it takes 11 µs so and 18
+without, its gradient 27 and 50, of 2-32-32-2 67 and 150.
+
 A table, which may have more than MANY numbers, is filled, read in slices or by index, written to in place and moved, and no more.
 """
 
