@@ -17,7 +17,7 @@ of that the function cannot hold. Read in the source of XLA (xla/service/cpu, xl
   come to twice 100,000; else where it reads and writes twice 2^18 bytes. `most` bounds both by sums over all of a program, or over
   all that leads to one result, so that it does not matter what is fused with what. Loops of one turn are taken away, others are
   never unrolled, and fused with nothing outside of them. Fewer flops than FLOPS (18,181 would do) make results of less than
-  2^17 + 2^14 bytes; with those and MOVED an operation stays below 2^19. A table is below 2^18, for it may be copied: read and written.
+  2^17 + 2^14 bytes; with those and MOVED an operation stays below 2^19. A table is below 2^18, for a copy reads and writes it.
 
 Products of small matrices, a network's on the rows of a batch, stay outside: a library takes those of eight numbers a side. Written
 as sums they could be inside, but what pays then is the sums: ten rows of a network 2-32-2, 20 steps of rk4, take 94 µs with
