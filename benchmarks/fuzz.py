@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ from jax import lax
 import jode
 from jode import config
 from jode.native import primitives, whole
+
+from benchmarks import measure
 
 SMALL = [1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 24, 32, 33, 48, 64]
 LARGE = [100, 128, 300, 500, 1000, 2000, 4000, 4095, 4096, 5000, 9000]
@@ -296,7 +299,7 @@ def run_functions(seeds):
         return {**found, "handed over": handed}
     print(json.dumps({"plain": True}), flush=True)
     plain = [jax.extend.core.jaxpr_as_fun(p.jaxpr) for p, *_ in kept]
-    plain = jax.jit(lambda every: [f(*xs) for f, xs in zip(plain, every, strict=True)]).lower(every).compile(QUICK)
+    plain = jax.jit(lambda every: [f(*xs) for f, xs in zip(plain, every, strict=True)]).lower(every)
     makes = lambda draw: [make(seed + draw) for _, make, _, seed in kept]
     return {**found, **compared(one, plain, makes)}
 
@@ -305,7 +308,14 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 
 
 def compared(one, plain, make):
-    """Whether results differ, for three draws of the numbers, by more than the results without for numbers an ulp or two away do.
+    """Whether results differ from those of the program without, compiled quickly and, where they do, as JAX compiles it: that may
+    join a product and a sum to one operation, and 0 is then a rounding.
+    """
+    return _compared(one, plain.compile(QUICK), make) and _compared(one, plain.compile(), make)
+
+
+def _compared(one, plain, make):
+    """Whether they differ, for three draws of the numbers, by more than the results without for numbers an ulp or two away do.
 
     A rounding may tip a comparison or a floor: for one draw, not for three.
     """
@@ -437,7 +447,7 @@ def run_problem(seed):
             return found
         print(json.dumps({"plain": True}), flush=True)
         config.one_function = "never"
-        plain = jax.jit(g).lower(args).compile(QUICK)
+        plain = jax.jit(g).lower(args)
     finally:
         primitives.can_be_whole = asked
         config.one_function = "auto"
@@ -515,8 +525,22 @@ def search(seed, minutes, programs, solves, first=0):
     return count, found
 
 
+def report(logs):
+    """Add up the closing lines of runs, by version of JAX, and write the table."""
+    sums = {}
+    for log in logs:
+        for line in Path(log).read_text().splitlines():
+            if said := re.match(r"jax (\S+), seed (\S+): (.*)", line):
+                counts = {what: int(n) for n, what in re.findall(r"(\d+) ([^,]+)", said[3])}
+                sums.setdefault(said[1], Counter()).update(counts)
+    columns = list(dict.fromkeys(what for counts in sums.values() for what in counts))
+    title = "Random programs, with and without one function (`python -m benchmarks.fuzz`)"
+    measure.report("fuzz", title, ["jax", *columns], [[v, *(counts[c] for c in columns)] for v, counts in sums.items()])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", nargs="+", metavar="LOG", help="add up what runs printed, to benchmarks/results/fuzz.md")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--programs", type=int, default=10**9)
     parser.add_argument("--seed", type=int, default=0)
@@ -527,6 +551,9 @@ def main():
         parser.add_argument(hidden, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.report:
+        report(given.report)
+        return
     if given.worker:
         worker(given.seed, given.first, given.last, given.solves, given.size)
         return
