@@ -176,3 +176,41 @@ def test_a_traced_python_number_stays_weak_inside_f(adjoint):
     for of in (loss, jax.grad(loss), jax.vmap(loss, axis_size=2, in_axes=None)):
         np.testing.assert_allclose(jax.jit(of)(2.0), of(2.0), rtol=1e-6)
     assert set(seen) == {jnp.dtype(jnp.float32)}
+
+
+OBSERVERS = {
+    "dense": jode.Dense(),
+    "steps": jode.Steps(),
+    "at": jode.At(jnp.array([0.3]), lambda t, y, a: y[0]),
+    "an event that never happens": jode.Event(lambda t, y, a: y[0] - 5.0),
+}
+
+
+@pytest.mark.parametrize("solver", [jode.Fixed(jode.rk4, 5), jode.Adaptive()], ids=["fixed", "adaptive"])
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_who_looks_for_nans_finds_none_where_nothing_is_wrong(name, solver):
+    """Nor infinities, but where tables hold nothing. What was recorded for a gradient leaves a program too."""
+    solve = lambda a: jode.solve(lambda t, y, a: -a * y, jnp.ones(2), (0.0, 0.5, 1.0), a, solver=solver, observe=OBSERVERS[name])
+    loss = lambda a: jnp.sum(solve(a).ys)
+    for context in (jax.debug_nans, jax.debug_infs):
+        with context(True):
+            sol = solve(1.0)
+            np.testing.assert_allclose(jax.grad(loss)(1.0), -2 * (0.5 * np.exp(-0.5) + np.exp(-1.0)), rtol=1e-4)
+            if name == "dense":
+                np.testing.assert_allclose(sol.observed(0.7), np.exp(-0.7), rtol=1e-4)
+                assert np.isfinite(jax.tree.leaves(sol.observed)[0]).all()
+            if name.startswith("an event"):
+                assert sol.observed.count == 0
+                assert not np.isfinite(sol.observed.t)
+
+
+@pytest.mark.parametrize("solver", [jode.Fixed(jode.rk4, 2), jode.Adaptive()], ids=["fixed", "adaptive"])
+def test_who_looks_for_nans_is_told_the_operation(solver):
+    """That of f where it is one by one, the loop it is in elsewhere."""
+    f = lambda t, y, a: -a * jnp.log(y - 1.5)
+    for of in (
+        lambda a: jode.odeint(f, 1.0, (0.0, 1.0), a, solver=solver),
+        jax.jit(lambda a: jode.odeint(f, 1.0, (0.0, 1.0), a, solver=solver)),
+    ):
+        with jax.debug_nans(True), pytest.raises(FloatingPointError, match=r"encountered in (log|scan|while)"):
+            of(1.0)
