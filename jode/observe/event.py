@@ -130,8 +130,7 @@ class EventTable(Table):
         still = jax.lax.stop_gradient(step)
         along = lambda theta: self._along(march, still, theta)
         rests = march.solver.rests(march, problem, seen)
-        signs = self._signs(march, problem, carry, seen, still, taken, rests)
-        before, signs = signs[:-1], signs[1:]
+        before, signs = self._signs(march, problem, carry, seen, still, taken, rests)
         turned = (jnp.abs(before) == 1) & (jnp.abs(signs) <= 1) & (signs != before)
         crossed = taken[None] & turned & ((before == -self.direction) | (self.direction == 0))
 
@@ -152,8 +151,8 @@ class EventTable(Table):
         over = carry.over | (jnp.any(crossed, axis=0) & self.terminate)
         return Looked(count, entries, over, jnp.where(taken, signs[-1], carry.side), jnp.where(taken, rests, carry.fresh))
 
-    def _signs(self, march: Any, problem: Problem, carry: Looked, seen: Seen, step: tuple, taken: Array, rests: Array) -> Array:
-        """The signs of g just after the start of the step, and at the places looked at; rests: rows that come to rest here."""
+    def _signs(self, march: Any, problem: Problem, carry: Looked, seen: Seen, step: tuple, taken: Array, rests: Array) -> tuple:
+        """The signs of g before each part of the step, the first just after its start, and after it; rests: see `Solver.rests`."""
         (t, h, *_, params), n, read = step, self.looks, march.method.read
         t1 = march.rows.spread(t + h if seen.t is None else seen.t)
         start, end = jax.lax.stop_gradient(((t, read(seen.s)), (t1, read(seen.s1))))
@@ -170,7 +169,8 @@ class EventTable(Table):
         known = lambda: (carry.side, jnp.zeros(taken.shape, bool))
         side, arrives = jax.lax.cond(jnp.any(taken & (carry.fresh | rests)), at_ends, known)
         side = jnp.where(carry.fresh, side, carry.side)
-        return jnp.concatenate([side[None], signs[:-1], jnp.where(rests & arrives, 0, signs[-1])[None]])
+        signs = signs.at[-1].set(jnp.where(rests & arrives, 0, signs[-1]))
+        return jnp.concatenate([side[None], signs[:-1]]), signs
 
     def _along(self, march: Any, step: tuple, theta: Array) -> Array:
         """g on the interpolant, a fraction theta into the step: (t, h, s, slopes, params)."""
