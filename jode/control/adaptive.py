@@ -298,14 +298,15 @@ class Adaptive(Solver):
 
 
 def reach(t1: Array, t: Array, h: Array) -> Array:
-    """The next step from t: cut at t1, or ending there where it comes so near that no other would follow, and 0 where it is too
-    small to move t or not a number.
+    """The next step from t: cut at t1, or ending there where a wide one comes so near that no other would follow, and 0 where it is
+    too small to move t or not a number.
 
     It ends in a representable time, and the choice of that time is not differentiated.
     """
     left, h = t1 - t, jax.lax.stop_gradient(h)
     moves = jnp.abs(h) > _resolution(t)
-    last = jnp.abs(h) + jnp.where(moves, _resolution(t), 0) >= jnp.abs(left)
+    wide = jnp.abs(h) > 4 * _resolution(t)  # the narrowest steps end where they do: see `judge`
+    last = jnp.abs(h) + jnp.where(wide, _resolution(t), 0) >= jnp.abs(left)
     return jnp.where(last, left, jnp.where(moves, jax.lax.stop_gradient(t + h) - t, 0))
 
 
