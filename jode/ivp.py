@@ -187,8 +187,8 @@ _REMEDIES = {
     "components outside of them (widen them, or order the components so that neighbours stand together), or elimination needs "
     "pivots (use the dense matrix); with krylov, its solver did not converge (give it more iterations, or a looser tolerance)",
     Status.capacity: "an observer had no room for all steps: give it a larger capacity",
-    Status.invalid_input: "numbers known only at run time are out of range: ts must increase throughout or decrease throughout and "
-    "be finite, but for infinities that pad it at the end, Fixed's steps lie between 1 and max_steps, its width be above zero, "
+    Status.invalid_input: "numbers known only at run time are out of range: ts must be finite, but for infinities that pad it at "
+    "the end, and increase throughout or decrease throughout, Fixed's steps lie between 1 and max_steps, its width be above zero, "
     "Adaptive's tolerances and first_step not be negative, nor both tolerances zero, and its max_step be above zero",
 }
 _FOR_EXPLICIT = {
