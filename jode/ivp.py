@@ -187,8 +187,8 @@ _REMEDIES = {
     Status.unstable: "the copies of the state that the method carries are further apart than the state is large: they grow apart "
     "where solutions decay, and y has one correct digit at most. Use a method of one copy (jode.rk4), Adaptive, or narrower steps",
     Status.capacity: "an observer had no room for all steps: give it a larger capacity",
-    Status.invalid_input: "numbers known only at run time are out of range: ts must increase throughout or decrease throughout and "
-    "be finite, but for infinities that pad it at the end, Fixed's steps lie between 1 and max_steps, its width be above zero, "
+    Status.invalid_input: "numbers known only at run time are out of range: ts must be finite, but for infinities that pad it at "
+    "the end, and increase throughout or decrease throughout, Fixed's steps lie between 1 and max_steps, its width be above zero, "
     "Adaptive's tolerances and first_step not be negative, nor both tolerances zero, and its max_step be above zero",
 }
 _FOR_EXPLICIT = {

@@ -142,7 +142,7 @@ def test_a_first_step_below_the_resolution_of_time_is_widened(first):
 
 # Numbers known only at run time.
 
-BAD_TIMES = [[0, -1.0, 1.0], [0, 1.0, 0.5], [0, np.nan, 1.0], [np.nan, 0, 1.0], [0, 1.0, np.inf], [0, -1.0, -0.5]]
+BAD_TIMES = [[0, -1.0, 1.0], [0, 1.0, 0.5], [0, np.nan, 1.0], [np.nan, 0, 1.0], [0, np.inf, 1.0], [0, -1.0, -0.5]]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
