@@ -64,7 +64,10 @@ def test_every_layer_can_be_saved():
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_the_program_has_the_same_size_at_every_depth(gradient):
+def test_the_program_has_the_same_size_at_every_depth(gradient, monkeypatch):
+    """But for what makes one function of a small march."""
+    monkeypatch.setattr(jode.config, "one_function", "never")
+
     def value(x, w):
         return jnp.sum(jode.odeint(f, x, (0.0, 1.0), w, solver=jode.Layers(jode.euler))[-1])
 

@@ -9,14 +9,12 @@ times.
 from jode.validity.adaptation import Check, StepAdaptation, StepState, ToleranceAdaptation, ToleranceState, first_step
 from jode.validity.critical import Critical, critical_steps
 from jode.validity.diagnostics import Convergence, convergence, crossings, local_errors
+from jode.validity.errors import at_least_as_fine, error_scale, measured_errors
 from jode.validity.paired import Change
 from jode.validity.verdict import (
     Agreement,
     Swap,
     agreement,
-    at_least_as_fine,
-    error_scale,
-    measured_errors,
     swap,
 )
 

@@ -3,66 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
-from jode.control import Adaptive, Fixed
-from jode.method import dopri8
 from jode.validity import paired
+from jode.validity.errors import (
+    REFERENCE,
+    at_least_as_fine,
+    distances,
+    finer,
+    measured_errors,
+    name,
+    plain,
+    relative_errors,
+    spread_of,
+    table,
+)
 from jode.validity.paired import BETTER, OUTSIDE, UNDECIDED, UNTESTED, WITHIN, Change
 
 _ODE = {WITHIN: "an ODE", OUTSIDE: "not an ODE", BETTER: "better under finer solvers", UNDECIDED: UNDECIDED, UNTESTED: UNTESTED}
 _AGREES = {WITHIN: "agrees", OUTSIDE: "differs", UNDECIDED: UNDECIDED, UNTESTED: UNTESTED}
 _BETTER = {"higher": 1, "lower": -1, None: 0}
-REFERENCE = Adaptive(dopri8, 1e-6, 1e-6, max_steps=65_536)
-
-
-def error_scale(solver: Fixed | Adaptive) -> float:
-    """The nominal error of a solver: h^p for steps of order p, `steps` = 1/h or `width` = h, or the tolerance (the largest of rtol
-    and atol).
-    """
-    if isinstance(solver, Fixed):
-        h = 1 / float(solver.steps or 1) if solver.width is None else float(solver.width)
-        return h**solver.method.order
-    if isinstance(solver, Adaptive):
-        return max(float(np.max(x)) for x in jax.tree.leaves((solver.rtol, solver.atol)))
-    raise TypeError(f"solver must be jode.Fixed or jode.Adaptive, got {solver!r}: give `outputs`, and its error is measured")
-
-
-def at_least_as_fine(test: Fixed | Adaptive, train: Fixed | Adaptive) -> bool:
-    """Whether a test solver's failure counts against the model: its nominal error is no larger than the training solver's."""
-    return error_scale(test) <= error_scale(train) * (1 + 1e-6)
-
-
-def measured_errors(outputs: Callable[[Any], Any], solvers: Sequence[Any], reference: Any = REFERENCE) -> np.ndarray:
-    """The error of each solver: the root mean square over examples of ‖o - o*‖, relative to the spread of o* over examples.
-
-    Args:
-        outputs: outputs(solver) -> a pytree whose arrays lead with the examples: end states, or scores.
-        solvers: the solvers to measure.
-        reference: the solver whose outputs o* are taken for exact, by default dopri8 at 1e-6: errors below some 1e-5 are all alike.
-    """
-    return _errors([_table(outputs(s)) for s in solvers], outputs, reference)
-
-
-def _errors(tables: list[np.ndarray], outputs: Callable[[Any], Any], reference: Any) -> np.ndarray:
-    """The errors of outputs that are known already."""
-    exact = _table(outputs(reference))
-    if not np.isfinite(exact).all():
-        raise ValueError(f"the reference solver {name(reference)} failed on some examples: give another reference")
-    scale = _spread(exact)
-    return np.array([np.sqrt(np.mean(_distance(t, exact) ** 2)) / scale for t in tables])
-
-
-def _finer(errors: Any, own: float, reference: Any) -> list[bool]:
-    """Which measured errors are no larger than the training solver's; those that the reference cannot tell apart are equal."""
-    return [bool(e <= max(own * (1 + 1e-6), 10 * error_scale(reference))) for e in errors]
-
-
-# By how much does the metric change?
 
 
 @dataclass(frozen=True)
@@ -241,11 +204,11 @@ def swap(
     """
     if better not in _BETTER:
         raise ValueError(f'swap: better must be "higher", "lower" or None, got {better!r}')
-    solvers = [_plain(s) for s in solvers]
-    rows = {_plain(s): m for s, m in metric.items()} if isinstance(metric, Mapping) else dict.fromkeys(solvers[:1], metric)
+    solvers = [plain(s) for s in solvers]
+    rows = {plain(s): m for s, m in metric.items()} if isinstance(metric, Mapping) else dict.fromkeys(solvers[:1], metric)
     if not solvers or not rows:
         raise ValueError("swap: there must be at least one model and one solver")
-    given = {_plain(s): o for s, o in outputs.items()} if isinstance(outputs, Mapping) else dict.fromkeys(rows, outputs)
+    given = {plain(s): o for s, o in outputs.items()} if isinstance(outputs, Mapping) else dict.fromkeys(rows, outputs)
     results = [_against(s, m, given[s], solvers, tolerance, spread, confidence, reference, counts) for s, m in rows.items()]
     own, table, low, high, mask, errors, bounds, examples, enough = (np.array(column) for column in zip(*results, strict=True))
     return Swap(tuple(rows), tuple(solvers), table, own, low, high, mask, errors, bounds, examples, enough, confidence, better, of)
@@ -271,7 +234,7 @@ def _against(train: Any, metric: Callable, outputs: Any, solvers: list, *options
     if counts is not None:
         mask = [bool(counts(s, train)) for s in solvers]
     elif outputs is not None:
-        mask = _finer(errors, mine, reference)
+        mask = finer(errors, mine, reference)
     else:
         mask = [at_least_as_fine(s, train) for s in solvers]
     mask = [m and name(s) != name(train) for m, s in zip(mask, solvers, strict=True)]
@@ -404,14 +367,14 @@ def agreement(
         reference: the solver taken for exact when errors are measured.
         of: what is tested, for the printed question, as in `swap`.
     """
-    train, *tests = [_plain(s) for s in solvers]
+    train, *tests = [plain(s) for s in solvers]
     mine, *others = (outputs(s) for s in (train, *tests))
-    own, *tables = (_table(o) for o in (mine, *others))
-    spread = _spread(own)
-    moved = np.array([_distance(t, own) / spread for t in tables]).reshape(len(tests), len(own))
+    own, *tables = (table(o) for o in (mine, *others))
+    spread = spread_of(own)
+    moved = np.array([distances(t, own) / spread for t in tables]).reshape(len(tests), len(own))
     moved = np.where(np.isfinite(moved), moved, np.inf)
-    errors = _errors([own, *tables], outputs, reference)
-    counts = np.array(_finer(errors[1:], errors[0], reference), bool)
+    errors = relative_errors([own, *tables], outputs, reference)
+    counts = np.array(finer(errors[1:], errors[0], reference), bool)
     counts &= np.array([name(s) != name(train) for s in tests], bool)
     level = 1 - (1 - confidence) / max(1, (1 if labels is None else 2) * int(counts.sum()))
     ends = np.array([paired.mean_interval(m, level) if np.isfinite(m).all() else (np.inf, np.inf) for m in moved])
@@ -424,48 +387,5 @@ def agreement(
     return Agreement(train, tuple(tests), moved, ends.reshape(-1, 2), flips, flip_ends, errors, counts, tolerance, confidence, of)
 
 
-def _table(outputs: Any) -> np.ndarray:
-    """Outputs as one row of real numbers per example."""
-    leaves = [np.asarray(x) for x in jax.tree.leaves(outputs)]
-    if not leaves or any(x.ndim == 0 or len(x) != len(leaves[0]) for x in leaves):
-        raise ValueError(f"outputs must lead with the examples, got shapes {[x.shape for x in leaves]}")
-    rows = [x.reshape(len(x), -1) for x in leaves]
-    parts = [part for x in rows for part in ((np.real(x), np.imag(x)) if np.iscomplexobj(x) else (x,))]
-    return np.concatenate([np.asarray(x, np.float64) for x in parts], axis=1)
-
-
-def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(a - b, axis=1)
-
-
-def _spread(rows: np.ndarray) -> float:
-    """√(mean ‖o - ō‖²) over examples; the size of the outputs where all are alike."""
-    spread = np.sqrt(np.mean(_distance(rows, rows.mean(axis=0)) ** 2))
-    return float(spread or np.sqrt(np.mean(np.sum(rows**2, axis=1))) or 1.0)
-
-
 def _shown(n: float) -> str:
     return f"{int(float(f'{n:.2g}')):,}" if np.isfinite(n) else "infinitely many"
-
-
-def _plain(solver: Any) -> Any:
-    """The solver with Python's numbers for arrays, as a step that adapts has them."""
-    if isinstance(solver, Fixed):
-        return (
-            replace(solver, width=float(solver.width))
-            if solver.width is not None
-            else replace(solver, steps=int(solver.steps or 1))
-        )
-    if isinstance(solver, Adaptive):
-        if len(jax.tree.leaves(solver.atol)) != 1 or np.ndim(solver.atol):
-            raise ValueError("solvers are compared by value here: give Adaptive one number for atol")
-        return replace(solver, rtol=float(solver.rtol), atol=float(solver.atol))
-    return solver
-
-
-def name(solver: Any) -> str:
-    """A short name, such as `euler 8` or `dopri5 0.001`."""
-    method = repr(solver.method).removeprefix("jode.")
-    if isinstance(solver, Fixed):
-        return f"{method} {solver.steps or 1}" if solver.width is None else f"{method} width {float(solver.width):.3g}"
-    return f"{method} {error_scale(solver):.3g}" if isinstance(solver, Adaptive) else repr(solver)
