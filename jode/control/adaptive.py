@@ -196,7 +196,9 @@ class Adaptive(Solver):
         t = jnp.where(accept, t_new, c.t)
         errors = (jnp.maximum(e, 1e-4).astype(h.dtype), *c.errors)
         errors = tuple(jnp.where(accept, a, b) for a, b in zip(errors, c.errors, strict=False))
-        h = reach(t1, t, _bounded(problem, width))
+        # Where an event may end a row, no step ends a rounding before the end: what is seen there is of both.
+        near = jnp.where(accept, _resolution(t), 0) if march.may_end else 0.0
+        h = reach(t1, t, _bounded(problem, width), near)
         accepted, tried = c.accepted + (accept & active).astype(jnp.int32), c.tried + active.astype(jnp.int32)
         c = c._replace(t=t, h=h, errors=errors, accepted=accepted, tried=tried, loops=c.loops + 1)
         if self.method.solves:
@@ -272,12 +274,11 @@ class Adaptive(Solver):
             return (0, march.plan.saves - 1), lambda a, b: (start, end - start)
         moved = end != start
         first, last = moved & (left == 1), moved & (left == grid.accepted) & grid.arrived
+        span = lambda a, b: (t := jnp.where(first, a, start), jnp.where(last, b, end) - t)
+        if not march.plan.watches:
+            return (0, march.plan.saves - 1), span
         stands = (i == 0) & (grid.accepted == 0)  # where no step moved, what is seen at the start moves with it
-
-        def span(a: Array, b: Array) -> tuple[Array, Array]:
-            return jnp.where(first | stands, a, start), jnp.where(last, b, end) - jnp.where(first, a, start)
-
-        return (0, march.plan.saves - 1), span
+        return (0, march.plan.saves - 1), lambda a, b: (jnp.where(stands, a, span(a, b)[0]), span(a, b)[1])
 
     def _rounding(self, march: Any, problem: Problem) -> Array:
         """The scaled error that is rounding: `ROUNDING` ulp, at least 1."""
@@ -297,16 +298,15 @@ class Adaptive(Solver):
         return jnp.where(factor > self.factor_min, factor, self.factor_min)
 
 
-def reach(t1: Array, t: Array, h: Array) -> Array:
-    """The next step from t: cut at t1, or ending there where a wide one comes so near that no other would follow, and 0 where it is
-    too small to move t or not a number.
+def reach(t1: Array, t: Array, h: Array, near: Any = 0.0) -> Array:
+    """The next step from t: cut at t1, or ending there where it comes so `near`, and 0 where it is too small to move t or not a
+    number.
 
     It ends in a representable time, and the choice of that time is not differentiated.
     """
     left, h = t1 - t, jax.lax.stop_gradient(h)
+    last = jnp.abs(h) >= jnp.abs(left) - near
     moves = jnp.abs(h) > _resolution(t)
-    wide = jnp.abs(h) > 4 * _resolution(t)  # the narrowest steps end where they do: see `judge`
-    last = jnp.abs(h) + jnp.where(wide, _resolution(t), 0) >= jnp.abs(left)
     return jnp.where(last, left, jnp.where(moves, jax.lax.stop_gradient(t + h) - t, 0))
 
 
