@@ -658,3 +658,41 @@ def test_over_no_time_observers_know_the_initial_state(case, t1):
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a[0], b[0], rtol=1e-13)
         np.testing.assert_allclose(a[1], b[1], rtol=1e-6)  # of a polynomial's slope, where the row moves
+
+
+BESIDE = {
+    "nothing": lambda t1: {},
+    "a save time again": lambda t1: {"ts": t1},
+    "padding": lambda t1: {"ts": jnp.inf},
+    "a stop that never comes": lambda t1: {"stops": jnp.array([jnp.inf])},
+    "a stop before the start": lambda t1: {"stops": jnp.array([-1.0])},
+    "a stop at the end": lambda t1: {"stops": t1[None]},
+    "a jump that never comes": lambda t1: {"jumps": (jnp.array([jnp.inf]), lambda t, y, a: y + 1)},
+}
+
+
+@pytest.mark.parametrize("solver", [jode.Fixed(jode.rk4, 3), jode.Adaptive()], ids=["fixed", "adaptive"])
+@pytest.mark.parametrize("name", BESIDE)
+def test_an_event_at_the_end_is_found_beside_times_that_say_nothing(name, solver):
+    """y' = -k from k T: zero at T to rounding, whichever side of it."""
+
+    def run(k, t1):
+        given = BESIDE[name](t1)
+        ts = [0 * t1, t1 / 3, t1] + ([given.pop("ts") * jnp.ones_like(t1)] if "ts" in given else [])
+        sol = jode.solve(
+            lambda t, y, a: -k + 0 * y, k * t1, jnp.stack(ts), solver=solver, observe=jode.Event(lambda t, y, a: y), **given
+        )
+        return sol.observed.count, sol.status
+
+    counts, status = jax.vmap(run)(*np.random.default_rng(0).uniform(0.5, 2.0, (2, 100)))
+    assert (counts == 1).all()
+    assert (status == jode.Status.event).all()
+
+
+@pytest.mark.parametrize("solver", [jode.Fixed(jode.rk4, 3), jode.Adaptive()], ids=["fixed", "adaptive"])
+@pytest.mark.parametrize("ts", [(0.0, 1.0), (0.0, 0.7, 1.0), (0.0, 0.7, 0.7, 1.0)])
+def test_a_jump_over_zero_is_no_crossing_wherever_save_times_are(ts, solver):
+    jumps = (jnp.array([0.7]), lambda t, y, a: y + 1)
+    sol = jode.solve(lambda t, y, a: -0.1 + 0 * y, -0.5, ts, solver=solver, jumps=jumps, observe=jode.Event(lambda t, y, a: y))
+    assert sol.observed.count == 0
+    assert sol.status == jode.Status.success

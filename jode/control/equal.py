@@ -88,9 +88,12 @@ class Equal(Solver):
         return i % self.bound(march, problem) >= steps if jnp.ndim(steps) else None
 
     def rests(self, march: Any, problem: Problem, seen: Any) -> Array:
-        bound, i = self.bound(march, problem), seen.slot
+        """At the end of the last step of an interval that ends at a stop or jump, or at the last save time: others, whose steps do
+        not move, may come after it at the same time.
+        """
+        bound, i, ts = self.bound(march, problem), seen.slot, march.save_times(problem)
         j = jnp.asarray(i // bound + 1, jnp.int32)
-        last = (j == march.plan.saves - 1) | march.interrupted(problem, j)
+        last = (march.rows.pick(ts, j) == ts[-1]) | march.interrupted(problem, j)
         return march.rows.spread(last & (i % bound == self.count(march, problem) - 1))
 
     def report(self, march: Any, problem: Problem, c: Any, good: Array, slope: Any) -> tuple[Array, Array, Array, Array]:

@@ -359,8 +359,8 @@ class March:
         return jnp.where(at >= 0, self.rows.pick(problem.numbers["marks"], jnp.maximum(at, 0)), -1)
 
     def interrupted(self, problem: Problem, j: Any) -> Any:
-        """Whether something happens at ts[j]: f jumps, or the state."""
-        return self.mark(problem, j) >= 0 if self.solver.marked else False
+        """Whether something happens at ts[j], or at an equal time after it: f jumps, or the state."""
+        return self.mark(problem, j) != -1 if self.solver.marked else False
 
     def _among_marks(self, problem: Problem, j: Array) -> Array:
         """The place among the marks of ts[j]."""

@@ -13,7 +13,7 @@ from jax import Array
 from jode.method.base import Method, Step
 from jode.method.runge_kutta import RungeKutta
 from jode.rows import Rows
-from jode.tree import State, add, combine, increment, magnitude, where, widest, work_dtype, zeros_like
+from jode.tree import State, add, combine, increment, magnitude, nan_unless, where, widest, work_dtype, zeros_like
 from jode.tuning import GROWTH, SEGMENTS
 from jode.window import Window
 
@@ -239,7 +239,7 @@ def _marked_lost(rows: Rows, s: State, step: Step, a: State, b: State, gap: Stat
     largest, apart, moved = jnp.maximum(before, size(y1)), size(gap), size(_difference(y1, y))
     beyond = reduce(jnp.logical_or, [(apart > g**2 * largest) & (moved > m**2 * largest) for g, m in bounds])
     lost = (opposed & beyond) | (jnp.isnan(before) & ~jnp.isnan(last))
-    marked = tuple(jnp.where(lost, jnp.nan, x).astype(x.dtype) for x in y1)
+    marked = tuple(jnp.where(lost, nan_unless(~lost, jnp.zeros_like(x)), x) for x in y1)
     return step._replace(state=(*marked, *where(lost, zeros_like(step.state[n:]), step.state[n:])))
 
 
