@@ -405,3 +405,11 @@ def test_a_field_that_fails_after_a_jump_says_so():
         assert sol.status[0] == 0
         assert sol.status[1] != 0
         np.testing.assert_array_equal(np.isnan(sol.ys), [[False] * 3, [False, False, True]])
+
+
+@pytest.mark.parametrize("method", [jode.tsit5, jode.reversible_heun], ids=str)
+def test_rows_of_several_components_have_gradients_without_memory_beside_jumps(method):
+    adjoint, jumps = jode.MemoryFree(), (jnp.array([0.5]), lambda t, y, a: y + 1)
+    end = lambda y: jode.odeint(lambda t, y, a: -y, y, (0.0, 1.0), solver=jode.Adaptive(method), adjoint=adjoint, jumps=jumps)[-1]
+    got = jax.vmap(jax.grad(lambda y: jnp.sum(end(y))))(jnp.ones((3, 2)))
+    np.testing.assert_allclose(got, np.exp(-1.0), rtol=1e-4)

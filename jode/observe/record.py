@@ -87,5 +87,9 @@ def node_of(control: Any) -> Any:
 
 
 def chapter_start(c: Any) -> tuple:
-    """What the loop carries at the start of a chapter; how often it has run follows from the chapter."""
-    return c.s, c.slope, c.control._replace(loops=()) if hasattr(c.control, "loops") else ()
+    """What the loop carries at the start of a chapter. How often it has run follows from the chapter; states before resets are kept
+    by marches without chapters alone.
+    """
+    if not hasattr(c.control, "loops"):
+        return c.s, c.slope, ()
+    return c.s, c.slope, c.control._replace(**{name: () for name in ("loops", "before") if hasattr(c.control, name)})
