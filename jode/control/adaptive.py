@@ -23,8 +23,6 @@ from jode.window import Problem, Window
 
 _static: Any = partial(field, metadata={"static": True})
 
-ROUNDING = 100  # ulp of the state that the narrowest step may err by
-
 
 class Progress(NamedTuple):
     """The carry of the control, in columns: the time reached, the width of the next step (0 where a row is done), the scaled
@@ -50,9 +48,7 @@ class Adaptive(Solver):
     and q the order of the estimate plus one; (p, i, d) = (0, 1, 0) is the classical controller. The first step is
     Hairer's (Hairer, Norsett & Wanner I, section II.4) unless given. Save times never force a step: states there are
     interpolated to the method's own quality. At most `max_steps` steps are tried. Tolerances below 4 ulp of the state's
-    dtype are raised to that. A step that cannot shrink, some ten ulp of t wide, is judged as if `rtol` were 100 ulp, and `atol`
-    larger by the same factor, where they are less: across a jump of f none errs less. What errs more ends in
-    `Status.step_underflow`.
+    dtype are raised to that.
 
     `max_step` > 0, if given, bounds the width of every step, the first one too, whichever way time runs. A state at rest lets
     steps grow until they pass over a short event whole, and no error estimate sees it: half the width of the shortest event
@@ -186,19 +182,13 @@ class Adaptive(Solver):
         t_new = jnp.where(h == t1 - c.t, t1, c.t + h)
         norm = partial(scaled_norm, self.norm, march.rows, march.method.measured, problem.numbers)
         e = jax.lax.stop_gradient(_error(march.method, norm, h, s, step))
-        width = h * self._factor(e, c.errors).astype(h.dtype)
-        least = _resolution(c.t)
-        stuck = jnp.abs(width) <= least
-        rounding = stuck & (e <= self._rounding(march, problem).astype(e.dtype))
-        narrower = jnp.where(jnp.abs(h) > 2 * least, 1.2 * jnp.sign(h) * least, width)  # once more, if that is narrower
-        width = jnp.where(stuck, jnp.where(rounding, h, narrower), width)
-        accept = (active | self._stands(march, problem, c)) & ((e <= 1) | rounding)
+        accept = (active | self._stands(march, problem, c)) & (e <= 1)
         t = jnp.where(accept, t_new, c.t)
         errors = (jnp.maximum(e, 1e-4).astype(h.dtype), *c.errors)
         errors = tuple(jnp.where(accept, a, b) for a, b in zip(errors, c.errors, strict=False))
         # Where an event may end a row, no step ends a rounding before the end: what is seen there is of both.
         near = jnp.where(accept, _resolution(t), 0) if march.may_end else 0.0
-        h = reach(t1, t, _bounded(problem, width), near)
+        h = reach(t1, t, _bounded(problem, h * self._factor(e, c.errors).astype(h.dtype)), near)
         accepted, tried = c.accepted + (accept & active).astype(jnp.int32), c.tried + active.astype(jnp.int32)
         c = c._replace(t=t, h=h, errors=errors, accepted=accepted, tried=tried, loops=c.loops + 1)
         if self.method.solves:
@@ -279,12 +269,6 @@ class Adaptive(Solver):
             return (0, march.plan.saves - 1), span
         stands = (i == 0) & (grid.accepted == 0)  # where no step moved, what is seen at the start moves with it
         return (0, march.plan.saves - 1), lambda a, b: (jnp.where(stands, a, span(a, b)[0]), span(a, b)[1])
-
-    def _rounding(self, march: Any, problem: Problem) -> Array:
-        """The scaled error that is rounding: `ROUNDING` ulp, at least 1."""
-        eps = max((float(jnp.finfo(real_dtype(d)).eps) for d in march.plan.layout.dtypes), default=0.0)
-        rtol = problem.numbers["rtol"]
-        return jnp.maximum(ROUNDING * eps / jnp.where(rtol > 0, rtol, 1), 1)
 
     def _factor(self, e: Array, memory: tuple[Array, ...]) -> Array:
         """What the next step is multiplied by; a trial that left the domain (NaN) shrinks as far as allowed."""
