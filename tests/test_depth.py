@@ -658,3 +658,16 @@ def test_a_large_state_has_a_lipschitz_constant_without_a_matrix():
 def test_the_field_of_an_elementwise_block_is_refused_under_layers():
     with pytest.raises(TypeError, match="Under Layers give f itself"):
         jode.odeint(depth.field(lambda t, x, w: w * x), jnp.ones(3), (0.0, 4.0), jnp.ones((4, 3)), solver=jode.Layers(jode.euler))
+
+
+def test_a_layer_that_changed_is_not_measured_as_it_was():
+    scale = 1.0
+
+    def layer(t, x, w):
+        return scale * jnp.tanh(w @ x)
+
+    x, w = jnp.ones(2), jnp.stack([jnp.eye(2), 2 * jnp.eye(2)])
+    first = depth.distance(layer, x, w)
+    scale = 0.5
+    assert depth.distance(layer, x, w) == pytest.approx(float(depth.distance(lambda t, x, w: 0.5 * jnp.tanh(w @ x), x, w)))
+    assert depth.distance(layer, x, w) != pytest.approx(float(first))

@@ -15,8 +15,9 @@ import numpy as np
 from jax import Array
 
 from jode.control import Layers
+from jode.dependencies import cached
 from jode.method import euler
-from jode.tree import depth_of, hashable, is_inexact, merge, partition, widest, work_dtype
+from jode.tree import depth_of, is_inexact, merge, partition, widest, work_dtype
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -53,19 +54,20 @@ def ordered(measure: Callable[P, T]) -> Callable[P, T]:
 
 
 def compiled(measure: Callable) -> Callable:
-    """A function (f, data, *options) as one program, compiled once for each f, shapes of data and options that can be hashed."""
+    """A function (f, data, *options) as one program, compiled once for each f and what it depends on, shapes of data and options
+    that can be hashed.
+    """
 
     def inner(static: tuple, arrays: list) -> Any:
         f, data, options = static
         return measure(f, merge(arrays, data), *options)
 
-    program = jax.jit(inner, static_argnums=0, inline=True)
+    program = cached(inner, static=(0,))
 
     @wraps(measure)
     def outer(f: Callable, data: Any, *options: Any) -> Any:
         arrays, still = partition(data, jax.Array)
-        static = f, still, options
-        return program(static, arrays) if hashable(static) else inner(static, arrays)
+        return program(((f, *filter(callable, options)), data), (f, still, options), arrays)
 
     return outer
 
