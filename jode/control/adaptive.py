@@ -23,11 +23,14 @@ from jode.window import Problem, Window
 
 _static: Any = partial(field, metadata={"static": True})
 
+ROUNDING = 100  # ulp of the state that the narrowest step may err by
+
 
 class Progress(NamedTuple):
     """The carry of the control, in columns: the time reached, the width of the next step (0 where a row is done), the scaled
-    errors of the last steps; how many steps were accepted and tried, and how often the loop ran; and whether the last step that was
-    not accepted had a system that was not solved, for a method that says so.
+    errors of the last steps; how many steps were accepted and tried, and how often the loop ran; whether the last step that was
+    not accepted had a system that was not solved, for a method that says so; the time from which the narrowest step was tried; and
+    by how much tolerances are loosened for the next step, of every row that takes one.
     """
 
     t: Array
@@ -36,7 +39,9 @@ class Progress(NamedTuple):
     accepted: Array
     tried: Array
     loops: Array
-    unsolved: Any = ()
+    unsolved: Any
+    narrowed: Array
+    loose: Array
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +53,9 @@ class Adaptive(Solver):
     and q the order of the estimate plus one; (p, i, d) = (0, 1, 0) is the classical controller. The first step is
     Hairer's (Hairer, Norsett & Wanner I, section II.4) unless given. Save times never force a step: states there are
     interpolated to the method's own quality. At most `max_steps` steps are tried. Tolerances below 4 ulp of the state's
-    dtype are raised to that.
+    dtype are raised to that. A step that cannot shrink, some ten ulp of t wide, is judged as if `rtol` were 100 ulp, and `atol`
+    larger by the same factor, where they are less: across a jump of f none errs less. What errs more ends in
+    `Status.step_underflow`.
 
     `max_step` > 0, if given, bounds the width of every step, the first one too, whichever way time runs. A state at rest lets
     steps grow until they pass over a short event whole, and no error estimate sees it: half the width of the shortest event
@@ -155,7 +162,11 @@ class Adaptive(Solver):
         zero = jnp.zeros(t0.shape, jnp.int32)
         errors = (jnp.ones_like(t0),) * (2 if self.dcoeff else 1 if self.pcoeff else 0)
         h = reach(march.save_times(problem)[-1], t0, width)
-        return Progress(t0, h, errors, zero, zero, jnp.zeros((), jnp.int32), zero > 0 if self.method.solves else ())
+        unsolved = zero > 0 if self.method.solves else ()
+        never = jnp.full_like(t0, jnp.inf)
+        return Progress(
+            t0, h, errors, zero, zero, jnp.zeros((), jnp.int32), unsolved, never, jnp.ones_like(problem.numbers["rtol"])
+        )
 
     def first_width(self, march: Any, problem: Problem, t: Array, y: State, slope: State) -> Array:
         """The width of a first step from t, where no step says how wide it may be."""
@@ -180,7 +191,9 @@ class Adaptive(Solver):
         c, h, t1 = carry, carry.h, self.target(march, problem, carry)
         active = self.wants(carry)
         t_new = jnp.where(h == t1 - c.t, t1, c.t + h)
-        norm = partial(scaled_norm, self.norm, march.rows, march.method.measured, problem.numbers)
+        loose = {name: jax.tree.map(lambda x: x * c.loose.astype(x.dtype), problem.numbers[name]) for name in ("rtol", "atol")}
+        numbers = {**problem.numbers, **loose}
+        norm = partial(scaled_norm, self.norm, march.rows, march.method.measured, numbers)
         e = jax.lax.stop_gradient(_error(march.method, norm, h, s, step))
         accept = (active | self._stands(march, problem, c)) & (e <= 1)
         t = jnp.where(accept, t_new, c.t)
@@ -190,7 +203,7 @@ class Adaptive(Solver):
         near = jnp.where(accept, _resolution(t), 0) if march.may_end else 0.0
         h = reach(t1, t, _bounded(problem, h * self._factor(e, c.errors).astype(h.dtype)), near)
         accepted, tried = c.accepted + (accept & active).astype(jnp.int32), c.tried + active.astype(jnp.int32)
-        c = c._replace(t=t, h=h, errors=errors, accepted=accepted, tried=tried, loops=c.loops + 1)
+        c = c._replace(t=t, h=h, errors=errors, accepted=accepted, tried=tried, loops=c.loops + 1, loose=jnp.ones_like(c.loose))
         if self.method.solves:
             c = c._replace(unsolved=jnp.where(active & ~accept, ~march.rows.spread(step.ok), c.unsolved))
         return accept, self.judged(march, problem, c, accept)
@@ -206,7 +219,28 @@ class Adaptive(Solver):
         return (c.loops == 0) & (c.h == 0) & (c.t == march.save_times(problem)[-1])
 
     def halted(self, carry: Any, rows: Array) -> Any:
-        return carry._replace(h=jnp.where(rows, 0, carry.h))
+        return carry._replace(h=jnp.where(rows, 0, carry.h), narrowed=jnp.where(rows, carry.t, carry.narrowed))
+
+    def loosened(self, march: Any, problem: Problem, narrow: Array) -> Array:
+        """How many times the tolerances the next step may err by: if it is the narrowest, up to `ROUNDING` ulp."""
+        eps = max((float(jnp.finfo(real_dtype(d)).eps) for d in march.plan.layout.dtypes), default=0.0)
+        rtol = problem.numbers["rtol"]
+        return jnp.where(narrow & (rtol > 0), jnp.maximum(ROUNDING * eps / rtol, 1), 1).astype(rtol.dtype)
+
+    def narrowest(self, march: Any, problem: Problem, c: Any) -> Any:
+        """The carry after no row wants a step: those that want one as narrow as none is take the narrowest, once."""
+        t1 = self.target(march, problem, c)
+        stuck = ~((c.t == t1) | (c.t == c.narrowed) | jnp.any(self.wants(c)))
+        least = 1.2 * _resolution(c.t)
+        width = (c.t + jax.lax.clamp(-least, t1 - c.t, least)) - c.t
+        loose = self.loosened(march, problem, jnp.any(stuck))
+        stuck = stuck & (loose > 1)
+        return c._replace(h=jnp.where(stuck, width, c.h), narrowed=jnp.where(stuck, c.t, c.narrowed), loose=loose)
+
+    def continued(self, march: Any, problem: Problem, c: Any, loops: Any) -> Any:
+        """The carry of some of the rows, or of all again, with what is common to all of them: how often the loop ran (or None)."""
+        narrow = jnp.any((c.h != 0) & (c.t == c.narrowed))
+        return c._replace(loops=loops, loose=None if loops is None else self.loosened(march, problem, narrow))
 
     def wants(self, c: Any) -> Array:
         """Rows that want another step."""
@@ -218,9 +252,9 @@ class Adaptive(Solver):
 
     def drive(self, march: Any, problem: Problem, loop: Any, c: Any) -> tuple[Any, Any]:
         running = partial(self.running, few=march.few)
-        if march.plan.watches:
-            return loop.until_due(lambda c: (c.loops == 0) | running(c), c), None
-        return loop.until_due(running, c), None
+        wanted = (lambda c: (c.loops == 0) | running(c)) if march.plan.watches else running
+
+        return loop.until_due(wanted, c), None
 
     def standing(self, march: Any, problem: Problem, i: Any, h: Array) -> Array | None:
         return h == 0 if march.rows.size is not None else None

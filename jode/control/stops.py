@@ -119,6 +119,8 @@ class Stopped(NamedTuple):
     tried: Array
     loops: Array
     unsolved: Any
+    narrowed: Array
+    loose: Array
     behind: Array
     node: Array
     end: Array
@@ -170,6 +172,10 @@ class AdaptiveStops(Adaptive):
     def halted(self, carry: Stopped, rows: Array) -> Stopped:
         c = super().halted(carry, rows)
         return c._replace(wanted=c.wanted & ~rows, waits=c.waits & ~rows)
+
+    def narrowest(self, march: Any, problem: Problem, c: Any) -> Any:
+        c = super().narrowest(march, problem, c)
+        return c._replace(wanted=c.wanted | (c.h != 0))
 
     def judged(self, march: Any, problem: Problem, c: Stopped, accept: Array) -> Stopped:
         there = accept & (c.t == c.end)

@@ -192,9 +192,13 @@ def chapter(march: March, problem: Problem, kept: Kept, by: Record, tables: Reco
     tables = tables._replace(slots=jnp.where(last, tables.slots, 0))
     ends = tuple(w for w in march.plan.watches if w.ends)  # rows end where they did
     loop = Loop(march, problem, (replace(by, chapters=0), *ends))
-    c = Carry(s, slope, control._replace(loops=jnp.where(last, end, k * by.slots)), ())
+    c = Carry(s, slope, march.solver.continued(march, problem, control, jnp.where(last, end, k * by.slots)), ())
     c = c._replace(observed=(tables, *(w.init(march, problem, c) for w in ends)))
-    step = lambda c: loop.attempt(None, march.solver.serve(march, problem, c))
+
+    def step(c: Carry) -> Carry:
+        c = loop.attempt(None, march.solver.serve(march, problem, c))
+        return c._replace(control=march.solver.narrowest(march, problem, c.control))
+
     c = march.runner.until(lambda c: c.control.loops >= end, step, c)
     found, at = c.observed[0], c.control
     accepted = jnp.where(last | (next_.h != 0), kept.grid.accepted, at.accepted)

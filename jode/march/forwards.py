@@ -67,26 +67,27 @@ class Loop:
     def until_due(self, running: Callable[[Any], Array], c: Carry) -> Carry:
         """Step while the control says that it is running, and serve observers that wait where they are due, then the control."""
         march, problem, waiting, marked = self.march, self.problem, self.waiting, self.march.solver.marked
-        step = partial(self.attempt, None)
-        if not waiting and march.rows.size is not None:  # nearly always some row is where something happens
-            step = lambda c: march.solver.serve(march, problem, self.attempt(None, c))
-        if not waiting and (not marked or march.rows.size is not None):
-            return march.runner.until(lambda c: ~running(c.control), step, c)
+        solver, step = march.solver, partial(self.attempt, None)
+        at_once = not waiting and marked and march.rows.size is not None  # nearly always some row is where something happens
+        if at_once:
+            step = lambda c: solver.serve(march, problem, self.attempt(None, c))
 
         def serve(c: Carry) -> Carry:
             due = {i: self.watches[i].due(march, problem, c.observed[i], c) for i in waiting}
 
             def stop(c: Carry) -> Array:
                 ended = ~running(c.control)
-                ended = ended | jnp.any(c.control.waits) if marked else ended
+                ended = ended | jnp.any(c.control.waits) if marked and not at_once else ended
                 return reduce(jnp.logical_or, (d(c.control) for d in due.values()), ended)
 
             c = march.runner.until(stop, step, c)
+            c = c._replace(control=solver.narrowest(march, problem, c.control))
             observed = list(c.observed)
             for i in waiting:
                 now = due[i](c.control) & running(c.control)
                 observed[i] = self.watches[i].serve(march, problem, observed[i], now, c)
-            return march.solver.serve(march, problem, c._replace(observed=tuple(observed)))
+            c = c._replace(observed=tuple(observed))
+            return c if at_once else solver.serve(march, problem, c)
 
         return march.runner.until(lambda c: ~running(c.control), serve, c)
 
@@ -177,18 +178,21 @@ class March:
         F, kept, jump, jac, functions = _lifted(self.plan, rows, self.mapped)
         group = replace(self, rows=rows, F=F, kept=kept, jump=jump, jac=jac, functions=functions)
 
-        def with_loops(c: Carry, loops: Any) -> Carry:  # rows that still run have made as many attempts
-            return c._replace(control=c.control._replace(loops=loops))
+        def with_loops(
+            march: March, problem: Problem, c: Carry, loops: Any
+        ) -> Carry:  # rows that still run have made as many attempts
+            return c._replace(control=self.solver.continued(march, problem, c.control, loops))
 
         def run(some: Carry, given: list) -> Carry:
             mapped = iter(given)
             part = jax.tree.unflatten(treedef, [next(mapped) if m else x for x, m in zip(leaves, flags, strict=True)])
             loop = Loop(group, part, tuple(watches))
-            return with_loops(self.solver.drive(group, part, loop, with_loops(some, loops))[0], None)
+            c, _ = self.solver.drive(group, part, loop, with_loops(group, part, some, loops))
+            return with_loops(group, part, c, None)
 
         left = self.solver.unfinished(c.control)
         given = [x for x, m in zip(leaves, flags, strict=True) if m]
-        return with_loops(in_groups(run, left, with_loops(c, None), given), loops)
+        return with_loops(self, problem, in_groups(run, left, with_loops(self, problem, c, None), given), loops)
 
     def saved_as(self, s: State) -> tuple[State, Array]:
         """The state saved, NaN in rows that are not finite (and stay so: every step adds to the state), and which rows are."""

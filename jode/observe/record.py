@@ -92,4 +92,4 @@ def chapter_start(c: Any) -> tuple:
     """
     if not hasattr(c.control, "loops"):
         return c.s, c.slope, ()
-    return c.s, c.slope, c.control._replace(**{name: () for name in ("loops", "before") if hasattr(c.control, name)})
+    return c.s, c.slope, c.control._replace(**{name: () for name in ("loops", "loose", "before") if hasattr(c.control, name)})
