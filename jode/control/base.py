@@ -215,6 +215,14 @@ class Solver:
         """Rows that want another step and may take one."""
         raise NotImplementedError
 
+    def narrowest(self, march: Any, problem: Problem, c: Any) -> Any:
+        """The carry where no row wants a step, with those that are to try once more."""
+        return c
+
+    def continued(self, march: Any, problem: Problem, c: Any, loops: Any) -> Any:
+        """The carry of some of the rows, or of all again, with what is common to all of them: how often the loop ran (or None)."""
+        return c._replace(loops=loops)
+
     @property
     def nfe_start(self) -> int:
         """Evaluations of f before the first step."""
