@@ -1,5 +1,7 @@
 """Loud, honest, contained: what a solve does when it cannot do what was asked."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,6 +153,41 @@ def test_an_unmasked_failure_has_no_finite_gradient(case, adjoint):
         assert np.isnan(g).all()
 
 
+@pytest.mark.parametrize("method", [jode.leapfrog, jode.reversible_heun], ids=str)
+def test_an_observer_beside_the_state_hides_no_status(method):
+    """What it keeps is large, and says nothing of the copies."""
+
+    @dataclass(frozen=True)
+    class Count(jode.Observer):
+        def init(self, t, y, args):
+            return 1e6 + 0 * t
+
+        def step(self, kept, t, y, args):
+            return kept + 1.0
+
+    solve = lambda observe: jode.solve(
+        lambda t, y, a: -y, jnp.ones(2), (0.0, 30.0), solver=jode.Fixed(method, 2000), observe=observe
+    )
+    for sol in (solve(None), solve(Count())):
+        assert sol.status == Status.unstable
+        assert np.isnan(sol.ys[-1]).all()
+
+
+@pytest.mark.parametrize("adjoint", [*ADJOINTS, jode.Backsolve()], ids=str)
+@pytest.mark.parametrize("method", [jode.rk4, jode.reversible_heun], ids=str)
+def test_a_masked_row_that_was_well_for_a_while_harms_no_other(method, adjoint):
+    """y' = k y²: the second row is large at the first save time, and its way back from there leads nowhere."""
+    if isinstance(adjoint, jode.Backsolve) and method is jode.reversible_heun:
+        pytest.skip("Backsolve needs a method of one copy")
+
+    def loss(k):
+        one = lambda y: jode.solve(lambda t, y, k: k * y**2, y, (0.0, 0.5, 1.0), k, solver=jode.Fixed(method, 100), adjoint=adjoint)
+        sol = jax.vmap(one)(jnp.array([0.2, 2.0]))
+        return jnp.sum(jnp.where(sol.status[:, None] == Status.success, sol.ys, 0.0)[:, -1])
+
+    np.testing.assert_allclose(jax.grad(loss)(1.0), (0.2 / 0.8) ** 2, rtol=1e-4)
+
+
 def masked(f, solver, adjoint):
     def loss(theta, y0):
         sol = jax.vmap(lambda y: jode.solve(f, y, (0.0, 1.0), theta, solver=solver, adjoint=adjoint))(y0)
@@ -206,7 +243,7 @@ def test_time_too_coarse_for_any_step():
     ts = jnp.array([1e8, 1e8 + 80], jnp.float32)
     sol = jode.solve(lambda t, y, a: -1e3 * y, jnp.ones(1, jnp.float32), ts)
     assert sol.status == Status.step_underflow
-    assert sol.stats.steps <= 1
+    assert sol.stats.steps <= 2  # the narrowest one is tried once more
 
 
 def test_a_one_ulp_interval():

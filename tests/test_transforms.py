@@ -214,3 +214,31 @@ def test_who_looks_for_nans_is_told_the_operation(solver):
     ):
         with jax.debug_nans(True), pytest.raises(FloatingPointError, match=r"encountered in (log|scan|while)"):
             of(1.0)
+
+
+BRANCHES = {
+    "adaptive": lambda n: {"solver": jode.Adaptive(jode.tsit5, 1e-8, 1e-8)},
+    "chapters": lambda n: {"solver": jode.Adaptive(jode.bosh3, 1e-10, 1e-10)},
+    "jumps": lambda n: {"solver": jode.Adaptive(jode.tsit5, 1e-8, 1e-8), "jumps": (jnp.array([0.3, 0.9]), lambda t, y, k: y + k)},
+    "fixed": lambda n: {"solver": jode.Fixed(jode.rk4, n, max_steps=8)},
+    "fixed jumps": lambda n: {"solver": jode.Fixed(jode.rk4, n, max_steps=8), "jumps": (jnp.array([0.3]), lambda t, y, k: y + k)},
+}
+
+
+@pytest.mark.parametrize(
+    "adjoint", [jode.Backprop(), jode.Backprop(checkpoints=None), jode.Backprop(checkpoints=3), jode.MemoryFree()], ids=str
+)
+@pytest.mark.parametrize("case", BRANCHES)
+def test_rows_of_different_branches_have_records_of_different_length(case, adjoint):
+    """A `cond` whose predicate differs by row: each row has what its own branch recorded. In the field log(y) has no other side."""
+
+    def branch(start, n):
+        f = lambda t, y, k: -k * y * jnp.log(1 + y)
+        solve = lambda k: jode.odeint(f, start, (0.0, 0.6, 1.5), k, adjoint=adjoint, **BRANCHES[case](n))
+        return lambda k: jnp.sum(solve(k) * jnp.arange(1.0, 4.0))
+
+    short, long = jnp.asarray(5), jnp.asarray(8)
+    loss = lambda k, p: jax.lax.cond(p, branch(1.0, short), branch(3.0, long), k)
+    picks = jnp.array([True, False, True])
+    both = {p: jax.grad(branch(*x))(0.4) for p, x in ((True, (1.0, short)), (False, (3.0, long)))}
+    np.testing.assert_allclose(jax.vmap(jax.grad(loss), (None, 0))(0.4, picks), [both[bool(p)] for p in picks], rtol=1e-7)

@@ -37,6 +37,8 @@ class Backprop(Discrete):
 
     checkpoints: int | str | None = AUTO
 
+    follows_resets = True
+
     def __post_init__(self) -> None:
         k = self.checkpoints
         if not (k is None or k == AUTO or (isinstance(k, int) and not isinstance(k, bool) and k >= 1)):
@@ -55,7 +57,7 @@ class Backprop(Discrete):
 
     def recovery(self, march: March, problem: Problem, kept: Kept, ys: State) -> tuple[Any, Callable]:
         if kept.states and all(x.shape[0] for x in kept.states):
-            return kept.states, lambda i, states: (take(states, i), states)
+            return kept.states, lambda i, states: (take(states, march.solver.entry(march, problem, i)), states)
         checkpoints = self.storage(march.plan, march.rows.size or 1)
         return _recompute(march, problem, kept, march.plan.most if checkpoints is None else checkpoints)
 

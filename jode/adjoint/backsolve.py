@@ -71,11 +71,10 @@ class Backsolve(Adjoint):
 
     def pull(self, march: March, problem: Problem, outcome: Outcome, kept: Any, bars: tuple) -> tuple:
         rows = march.rows
-        good = rows.column(outcome.good)
         lost = failed(march, outcome)
         ys = tuple(rows.to_layout(x, True, 1) for x in outcome.ys)
-        back = lambda problem, g: _solve_back(self, march, good, ys, problem, g.ys)
-        return contained(march, problem, outcome, lost & ~good[1], bars, back)
+        back = lambda problem, g, good: _solve_back(self, march, good, ys, problem, g.ys)
+        return contained(march, problem, outcome, lost & ~rows.column(outcome.good)[1], bars, back)
 
 
 @dataclass(frozen=True, eq=False)

@@ -73,7 +73,7 @@ class Discrete(Adjoint):
         unrecoverable = lost & self.unrecoverable(march)
         record = Record.of(kept)
 
-        def pull(problem: Problem, g: Given) -> tuple[Cotangents, Array]:
+        def pull(problem: Problem, g: Given, good: Array) -> tuple[Cotangents, Array]:
             ys = tuple(rows.to_layout(x, True, 1) for x in outcome.ys)
             recovery = lambda kept: self.recovery(march, problem, kept, ys)
             c, first = reverse(march, problem, good, kept, g, record if record.chapters else None, recovery)

@@ -77,7 +77,8 @@ class MemoryFree(Discrete):
         def recover(i: Array, s1: State) -> tuple[State, State]:
             s = march.invert(problem, kept, i, s1, ys)
             if keep:
-                s = where(i % keep == 0, take(kept.states, i // keep), s)
+                at = march.solver.entry(march, problem, i)
+                s = where(at % keep == 0, take(kept.states, at // keep), s)
             return s, s
 
         return kept.last, recover

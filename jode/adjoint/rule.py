@@ -35,6 +35,7 @@ class Adjoint:
     Forward derivatives are the march's own, whatever the adjoint: exact, of the numbers computed.
     """
 
+    follows_resets = False  # whether its gradient is also that of what resets the state at events
     sees_steps = True  # whether its gradient is that of the steps taken, and so of what observers keep of them
 
     def refusal(self, solver: Any) -> str | None:
@@ -114,9 +115,10 @@ def contained(
     outcome: Outcome,
     broken: Array,
     bars: tuple,
-    pull: Callable[[Problem, Given], tuple[Cotangents, Array]],
+    pull: Callable[[Problem, Given, Array], tuple[Cotangents, Array]],
 ) -> tuple:
-    """Cotangents of (ts, y0, shared, layers), given pull(problem, g) -> (those inside the march, which rows went wrong).
+    """Cotangents of (ts, y0, shared, layers), given pull(problem, g, good) -> (those inside the march, which rows went wrong). good
+    says which saved states are finite, of rows that did not fail or have cotangents: the way back of others needs none.
 
     A failed row is contained: with zero cotangents on its NaNs it leaves everything else as it is, and with any other it makes
     what it touches NaN. So does a row that goes wrong in reverse, with any cotangent at all.
@@ -134,7 +136,8 @@ def contained(
         touched = reduce(jnp.logical_or, [~rows.all(jnp.all(b == 0, axis=0)) for b in bar], touched)
     obar = jax.tree.map(lambda x, b: jnp.where(jnp.isfinite(x), b, 0), values, obar)
     g = Given(tuple(jnp.where(good, x, 0) for x in ybar), obar, values)
-    c, wrong = pull(replace_failed(march, to_layout(march, problem), broken), g)
+    looked_at = rows.column(outcome.good) & ~(failed(march, outcome) & ~touched)[None]
+    c, wrong = pull(replace_failed(march, to_layout(march, problem), broken), g, looked_at)
     spoiled = spoiled | (wrong & touched)
     ts, y, shared, layers = cotangents_from_layout(march, c)
     broken, spoiled = rows.flat(broken), rows.flat(spoiled)

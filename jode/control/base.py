@@ -176,6 +176,10 @@ class Solver:
         """Steps in all, of a solver that lands."""
         raise NotImplementedError
 
+    def entry(self, march: Any, problem: Problem, i: Array) -> Array:
+        """The place of the state before step i in a table of states."""
+        return i
+
     def between(self, march: Any, problem: Problem, j: Array, c: Any) -> Any:
         """The loop's carry after what happens at ts[j], of a solver that lands."""
         return c

@@ -47,6 +47,13 @@ class Equal(Solver):
     def slots(self, march: Any, problem: Problem) -> Any:
         return (march.plan.saves - 1) * self.bound(march, problem)
 
+    def entry(self, march: Any, problem: Problem, i: Array) -> Array:
+        """The place of the state before step i in a table: the same for every bound, which rows of other batches may not share."""
+        if march.plan.steps is not None or not march.plan.most:
+            return i
+        bound = self.bound(march, problem)
+        return i // bound * (march.plan.most // (march.plan.saves - 1)) + i % bound
+
     def span(self, march: Any, problem: Problem, a: Array, b: Array, k: Array) -> tuple[Array, Array]:
         """Time and width of step k of the interval [a, b]; rows that want fewer steps than others then stand still (`standing`)."""
         steps = self.count(march, problem)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from jode.control import Grid, Stats
 from jode.march.forwards import March
@@ -65,7 +66,59 @@ def kept_to_layout(march: March, kept: Kept) -> Kept:
     if rows.size is None:
         return kept
     shared = lambda x: jnp.max(x, initial=0)
-    return _kept(march, kept, shared, rows.column, lambda x, lead: rows.to_layout(x, True, lead))
+    laid = _kept(march, kept, shared, rows.column, lambda x, lead: rows.to_layout(x, True, lead))
+    return laid if march.solver.lands else _aligned(march, laid, rows.column(kept.grid.slots), rows.column(kept.grid.loops))
+
+
+def _aligned(march: March, kept: Kept, slots: Array, loops: Array) -> Kept:
+    """What was kept, of rows that did not march together: by a `cond` whose predicate differs by row each has what its own branch
+    recorded, in so many slots, of a loop that ran so often. Behind its own last slot, and in chapters behind its own last, a row
+    stands still where it ended.
+    """
+    rows, grid, n = march.rows, kept.grid, kept.grid.times.shape[0]
+    if not n:
+        return kept
+    chapters = kept.chapters[2].t.shape[0]
+    own = jnp.maximum(loops - 1, 0) // n if chapters else jnp.zeros_like(loops)
+    apart = jnp.any(slots != grid.slots) | jnp.any(loops != grid.loops)
+
+    def align(c: tuple) -> tuple:
+        _, times, nodes, states, (s, slope, control) = c
+        last, some = jnp.maximum(slots - 1, 0), slots > 0
+        begun = rows.pick(control.t, own) if chapters else grid.start
+        end = jnp.where(some, rows.pick(times, last), begun)
+        behind = (own < jnp.max(own))[None] | (_places(n, slots) >= slots[None])
+        over = lambda x: (
+            jnp.where(_places(x.shape[0], slots) >= slots[None], rows.pick_state(x, last)[None], x) if x.shape[0] else x
+        )
+        if nodes != ():
+            table, first = nodes
+            here = jnp.where(some, rows.pick(table, last), rows.pick(control.node, own) if chapters else first)
+            nodes = jnp.where(behind, here[None], table), first
+        if chapters:
+            later = _places(control.t.shape[0], own) > own[None]
+            rest = {name: jnp.zeros_like(getattr(control, name)) for name in ("wanted", "waits") if hasattr(control, name)}
+            if nodes != ():
+                rest["node"] = jnp.where(later, here[None], control.node)
+            stays = control._replace(
+                h=jnp.zeros_like(control.h),
+                t=jnp.broadcast_to(end[None], control.t.shape),
+                accepted=jnp.broadcast_to(grid.accepted[None], control.accepted.shape),
+                **rest,
+            )
+            control = jax.tree.map(lambda a, b: jnp.where(later, a, b), stays, control)
+            s = tuple(jnp.where(later, y[None], x) for x, y in zip(s, kept.last, strict=True))
+        return jnp.zeros_like(apart), jnp.where(behind, end[None], times), nodes, tuple(map(over, states)), (s, slope, control)
+
+    # None or one turn: `cond` would copy the tables.
+    tables = march.runner.until(lambda c: ~c[0], align, (apart, grid.times, grid.nodes, kept.states, kept.chapters))
+    _, times, nodes, states, chapters = tables
+    return kept._replace(grid=grid._replace(times=times, nodes=nodes), states=states, chapters=chapters)
+
+
+def _places(n: int, like: Array) -> Array:
+    """The places of a table of numbers by row."""
+    return jnp.arange(n, dtype=like.dtype).reshape(-1, *[1] * like.ndim)
 
 
 def _kept(march: March, kept: Kept, shared: Callable, columns: Callable, states: Callable) -> Kept:

@@ -87,6 +87,15 @@ class Observed(Method):
         y1 = tuple(rows.replaced_after(n, x, before) for x, before, n in ends)
         return step._replace(state=(*window.after(y1), *step.state[len(y1) :]))
 
+    def looked_at(self, window: Window, s: State, step: Step) -> Step:
+        """By the copies of y alone: what is kept beside it says nothing of them."""
+        rows, sizes = window.rows, self.measured * self.method.parts
+        cut = lambda xs: tuple(rows.leading(x, n) for x, n in zip(xs, sizes, strict=False))
+        alone = step._replace(state=cut(step.state), slopes=[cut(k) for k in step.slopes])
+        looked = self.method.looked_at(window, cut(s), alone).state
+        rest = (jax.lax.slice_in_dim(x, n, None, axis=rows.component_axis) for x, n in zip(step.state, sizes, strict=True))
+        return step._replace(state=tuple(map(lambda *xs: rows.joined(xs), looked, rest)))
+
     def inverse(self, window: Window, s1: State) -> State:
         raise NotImplementedError(
             "what an observer kept before a step cannot be told from what it keeps after it: use jode.Backprop"

@@ -63,7 +63,7 @@ class Record(Watch):
 
     def step(self, march: Any, problem: Problem, carry: Recorded, seen: Seen) -> Recorded:
         slot = carry.slots if seen.slot is None else seen.slot
-        states = store(carry.states, slot, self.keep, seen.s) if self.keep else ()
+        states = store(carry.states, march.solver.entry(march, problem, slot), self.keep, seen.s) if self.keep else ()
         if seen.slot is not None:
             return carry._replace(states=states)
         moved: Array = jnp.any(seen.accept).astype(jnp.int32)
