@@ -19,6 +19,7 @@ NAMES = (
     "work_precision",
     "save_times",
     "dosing",
+    "events",
     "stiff",
     "batch_scaling",
     "steps_scaling",

@@ -1,7 +1,8 @@
 """A ball is thrown so that its fifth landing is in a cup: gradients through every bounce.
 
-Air slows the ball by its drag, the ground takes a fifth of its upward and a tenth of its forward speed at each bounce. Each flight
-ends at an event, the height crossing zero. Its time and state have exact gradients, so an optimiser of first order finds the throw.
+Air slows the ball by its drag, the ground takes a fifth of its upward and a tenth of its forward speed at each bounce: an event,
+the height crossing zero, that resets the speed. One solve goes through all bounces, and its gradients are exact, so an optimiser
+of first order finds the throw.
 
 python examples/events.py
 """
@@ -21,7 +22,8 @@ jax.config.update("jax_enable_x64", True)
 
 DRAG, GRAVITY, BOUNCES, CUP = 0.03, 9.81, 4, 12.0
 SOLVER = jode.Adaptive(jode.dopri5, 1e-9, 1e-9, max_steps=256)
-GROUND = jode.Event(lambda t, y, args: y[1], direction=-1)
+KEPT = jnp.array([1.0, 0.0, 0.9, -0.8])  # at a bounce, of (x, height, their speeds)
+GROUND = jode.Event(lambda t, y, args: y[1], direction=-1, most=BOUNCES + 1, reset=lambda t, y, args: KEPT * y)
 
 
 def main(steps: int = 120, out: str = "events.png") -> None:
@@ -32,7 +34,7 @@ def main(steps: int = 120, out: str = "events.png") -> None:
     for _ in range(steps):
         throw, state, x = step(throw, state)
         missed.append(abs(float(x) - CUP))
-    error = abs(float(landings(throw)[0][-1, 0]) - CUP)
+    error = abs(float(landings(throw).y[-1, 0]) - CUP)
     print(f"throw {np.round(throw, 3)} m/s lands {1000 * error:.3f} mm from the cup after {BOUNCES} bounces")
     draw(first, throw, missed, out)
 
@@ -45,20 +47,17 @@ def descend(throw, state, optimizer):
 
 def loss(throw):
     """Squared distance from the cup at the last landing, and a little for the energy of the throw."""
-    x = landings(throw)[0][-1, 0]
+    x = landings(throw).y[-1, 0]
     return (x - CUP) ** 2 + 1e-5 * jnp.sum(throw**2), x
 
 
-def landings(throw, observe=GROUND):
-    """The states in which each flight ends, and what was observed of each."""
+def landings(throw):
+    """The times and states in which each flight ends."""
+    return flown(throw, GROUND).observed
 
-    def flight(y, _):
-        seen = jode.solve(fly, y, (0.0, 5.0), solver=SOLVER, observe={"ground": GROUND, "also": observe}).observed
-        end = seen["ground"]
-        return end.y * jnp.array([1.0, 0.0, 0.9, -0.8]), (end.y, end.t, seen["also"])
 
-    _, (ends, times, also) = jax.lax.scan(flight, jnp.array([0.0, 0.0, *throw]), None, length=BOUNCES + 1)
-    return ends, times, also
+def flown(throw, observe):
+    return jode.solve(fly, jnp.array([0.0, 0.0, *throw]), (0.0, 5.0), solver=SOLVER, observe=observe)
 
 
 def fly(t, y, args):
@@ -70,12 +69,10 @@ def fly(t, y, args):
 def draw(first, last, missed, out):
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), width_ratios=[2.4, 1], layout="constrained")
     for throw, color, label in ((first, "0.65", "first throw"), (last, "tab:blue", "after gradient descent")):
-        ends, times, paths = landings(throw, jode.Dense())
-        for i in range(BOUNCES + 1):
-            path = jax.tree.map(lambda x, i=i: x[i], paths)
-            x, height = np.asarray(path(jnp.linspace(0.0, times[i], 80)))[:, :2].T
-            left.plot(x, height, color=color, lw=2, label=label if i == 0 else None)
-        left.plot(ends[-1, 0], 0, "o", color=color, ms=8, zorder=3)
+        ground, path = flown(throw, (GROUND, jode.Dense(256))).observed
+        x, height = np.asarray(path(jnp.linspace(0.0, ground.t[-1], 400)))[:, :2].T
+        left.plot(x, height, color=color, lw=2, label=label)
+        left.plot(ground.y[-1, 0], 0, "o", color=color, ms=8, zorder=3)
     left.axhline(0, color="k", lw=1)
     left.plot([CUP - 0.25, CUP - 0.2, CUP + 0.2, CUP + 0.25], [0.35, 0, 0, 0.35], color="tab:red", lw=2.5, label="cup")
     left.set(xlabel="distance (m)", ylabel="height (m)", title="The fifth landing belongs in the cup")

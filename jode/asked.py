@@ -13,6 +13,7 @@ from jax import Array
 from jode.control.adaptive import direction
 from jode.observe import At, Event, Observer, Table
 from jode.observe.at import AtTimes
+from jode.observe.event import ResetTable
 from jode.tree import Layout, State
 
 
@@ -56,6 +57,11 @@ class Asked:
         """What each observer inside looks by, a function of (t, y, args), or None."""
         return [w.g for w in self.inside]
 
+    @property
+    def resets(self) -> list:
+        """What resets the state, a function of (t, y, args) of each event that does."""
+        return [w.reset for w in self.inside if isinstance(w, ResetTable)]
+
     def initial(self, t: Array, y: Any, args: Any) -> Any:
         """The state with what is marched beside it."""
         return y, jax.tree.map(jnp.asarray, [o.init(t, y, args) for o in self.beside])
@@ -63,6 +69,15 @@ class Asked:
     def seen_with(self, jumping: bool) -> list:
         """The functions of the state and args that f has inside: with what is beside the state, and with the data of jumps."""
         return [g and inside(g, bool(self.beside), jumping) for g in self.functions]
+
+    def resets_with(self, jumping: bool) -> list:
+        """Those of the state and args that f has inside: what observers keep beside the state stays."""
+
+        def within(reset: Callable) -> Callable:
+            of = inside(reset, bool(self.beside), jumping)
+            return (lambda t, y, args: (of(t, y, args), y[1])) if self.beside else of
+
+        return [within(reset) for reset in self.resets]
 
     def placed(self, outs: list, first: int, most: int, method: Any) -> tuple:
         """The observers inside, told what their functions return, where their times are (from ts[first] on), and how many steps of

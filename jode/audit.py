@@ -13,7 +13,7 @@ import numpy as np
 
 from jode.adjoint import Adjoint, Backprop
 from jode.control import Adaptive, Fixed
-from jode.ivp import spied
+from jode.field import spied
 from jode.tree import is_inexact
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +19,39 @@ from jode.tree import Layout, State, is_inexact, merge, partition, programs_in, 
 from jode.tuning import PRODUCT, PRODUCTS, SMALL
 from jode.window import Params
 
+_SPY: ContextVar[Callable | None] = ContextVar("spy", default=None)
+
+
+@contextmanager
+def spied(spy: Callable) -> Iterator[None]:
+    """Within this context vector fields of solves that are traced call spy(y) at every evaluation."""
+    token = _SPY.set(spy)
+    try:
+        yield
+    finally:
+        _SPY.reset(token)
+
+
+def heard(f: Callable) -> Callable:
+    """The vector field that calls the spy of this context, if there is one."""
+    spy = _SPY.get()
+    return f if spy is None else _Spied(f, spy)
+
+
+@dataclass(frozen=True)
+class _Spied:
+    f: Callable
+    spy: Callable
+
+    def __call__(self, t: Array, y: Any, args: Any) -> Any:
+        self.spy(y)
+        return self.f(t, y, args)
+
 
 class Closed(NamedTuple):
     """Functions of (t, packed state, params): the slope; the state with what observers keep; the state after jump k, a fourth
-    argument; the Jacobian, where it is given; what other observers look by. And the effects of f, and how many equations it has:
-    see `length`.
+    argument; the Jacobian, where it is given; what other observers look by; the state after an event's reset. And the effects of f,
+    and how many equations it has: see `length`.
     """
 
     field: Callable
@@ -28,6 +59,7 @@ class Closed(NamedTuple):
     jump: Callable | None
     jac: Callable | None
     looks: tuple
+    resets: tuple
     effects: Any
     equations: int
 
@@ -43,6 +75,7 @@ def close(
     jump: Callable | None,
     jac: Callable | None,
     looks: Sequence[Callable | None],
+    resets: Sequence[Callable] = (),
 ) -> tuple[Closed, Params, list]:
     """Trace f once: functions of packed states and explicit parameters, the parameters, and what the functions `looks` return.
 
@@ -88,16 +121,21 @@ def close(
 
         return evaluate, out, jaxpr
 
+    def resetting(g: Callable, name: str, word: str, *numbers: Any) -> Callable:
+        """The state that a function of the user makes of one, as a function of (t, packed state, params, *numbers)."""
+        evaluate, out, _ = traced(g, *numbers, name=name)
+        _check_slope(out, y0, layout, time, word)
+        return lambda t, state, params, *numbers: packed(evaluate(t, state, params, *numbers))
+
+    packed = lambda leaves: layout.pack([jnp.asarray(k, d) for k, d in zip(leaves, layout.dtypes, strict=True)])
     evaluate, out, jaxpr = traced(f)
     _check_slope(out[0] if observing else out, y0, layout, time)
     jumping = "the g of jumps, g(t, y, args), or g(t, y, args, x) where there are xs,"
-    evaluate_jump, out, _ = traced(jump, jax.ShapeDtypeStruct((), jnp.int32), name=jumping) if jump else (None, None, None)
-    if jump:
-        _check_slope(out, y0, layout, time, "g")
+    jumped = jump and resetting(jump, jumping, "g", jax.ShapeDtypeStruct((), jnp.int32))
+    after = tuple(resetting(reset, "the reset(t, y, args) of an event", "reset") for reset in resets)
     jacobian = jac and _jacobian(*traced(jac, name="jac(t, y, args)")[:2], y0[0] if observing else y0, layout)
     looked = [g and traced(g, name="the g(t, y, args) of an observer") for g in looks]
     places = kept_in(given, lead)
-    packed = lambda leaves: layout.pack([jnp.asarray(k, d) for k, d in zip(leaves, layout.dtypes, strict=True)])
 
     def field(t: Array, state: State, params: Params) -> State:
         return packed(evaluate(t, state, params)[: len(layout.dtypes)])
@@ -106,18 +144,14 @@ def close(
         after = evaluate(t, state, params)[len(layout.dtypes) :]
         return layout.pack([*layout.unpack(state)[: len(layout.dtypes) - len(after)], *after])
 
-    def jumped(t: Array, state: State, params: Params, k: Array) -> State:
-        assert evaluate_jump is not None
-        return packed(evaluate_jump(t, state, params, k))
-
     def look(evaluate: Callable, out: Layout) -> Callable:
         cast = lambda leaves: [jnp.asarray(x, d) for x, d in zip(leaves, out.dtypes, strict=True)]
         return lambda t, state, params: out.pack(cast(evaluate(t, state, params)))
 
     outs = [x and Layout.of(x[1]) for x in looked]
     functions = tuple(x and look(x[0], Layout.of(x[1])) for x in looked)
-    optional = (kept if observing else None, jumped if jump else None, jacobian)
-    closed = Closed(field, *optional, functions, jaxpr.effects, length(jaxpr))
+    optional = (kept if observing else None, jumped, jacobian)
+    closed = Closed(field, *optional, functions, after, jaxpr.effects, length(jaxpr))
     return closed, Params(*buckets), outs
 
 

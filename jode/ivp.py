@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +19,7 @@ from jode.control import Adaptive, Solver, Stats, Status
 from jode.control.base import concrete
 from jode.control.stops import stopping
 from jode.dependencies import cached
-from jode.field import close, jump_of
+from jode.field import close, heard, jump_of
 from jode.march import Plan, Problem
 from jode.method import Method
 from jode.native import live
@@ -107,8 +105,7 @@ def solve(
         TypeError, ValueError: for wrong structures, shapes, dtypes, times or pairings, when traced.
     """
     _check_callables(f, y0, solver, adjoint)
-    if spy := _SPY.get():
-        f = _Spied(f, spy)
+    f = heard(f)
     y0 = _state(y0)
     ts = _times(ts, y0, pads=not solver.layered)
     padded = not solver.layered and not (concrete(ts) and np.isfinite(np.asarray(ts)).all())
@@ -121,12 +118,17 @@ def solve(
     stops, jumps = _stops(stops, ts), _jumps(jumps, ts)
     if stops is not None or jumps:
         _check_stops(solver, adjoint)
+    if asked.resets and not (isinstance(solver, Adaptive) and adjoint.follows_resets):
+        raise ValueError(
+            "an Event that resets needs steps that end at it, those of jode.Adaptive, and the gradients of jode.Backprop; "
+            f"got {solver!r} and {adjoint!r}"
+        )
     dynamic, static = partition((f, args, solver, asked, looks, stops, jumps), DATA)
     dynamic = [jnp.asarray(x) for x in dynamic]
     checked = all(concrete(x) for x in (ts, stops, jumps and jumps[0], *jax.tree.leaves(solver)))
     _, _, still, _ = static
     norm = getattr(solver, "norm", None)
-    functions = *filter(callable, still), solver.method.jac, norm and norm.norm, *asked.functions, *asked.beside
+    functions = *filter(callable, still), solver.method.jac, norm and norm.norm, *asked.functions, *asked.resets, *asked.beside
     known = Known(checked, padded, live((y0, ts, dynamic)), jax.config.jax_debug_nans)  # pyright: ignore
     return _solve_cached((functions, (y0, f, args, solver, jumps)), y0, ts, dynamic, static, adjoint, known)
 
@@ -148,32 +150,10 @@ def odeint(
 
 DATA = (jax.Array, np.ndarray, np.generic, float, complex)  # other leaves of args are static
 
-_SPY: ContextVar[Callable | None] = ContextVar("spy", default=None)
-
-
-@contextmanager
-def spied(spy: Callable) -> Iterator[None]:
-    """Within this context vector fields of solves that are traced call spy(y) at every evaluation."""
-    token = _SPY.set(spy)
-    try:
-        yield
-    finally:
-        _SPY.reset(token)
-
-
-@dataclass(frozen=True)
-class _Spied:
-    f: Callable
-    spy: Callable
-
-    def __call__(self, t: Array, y: Any, args: Any) -> Any:
-        self.spy(y)
-        return self.f(t, y, args)
-
-
 _REMEDIES = {
     Status.max_steps: "it needed more than max_steps steps: raise Adaptive(max_steps=...), or loosen rtol and atol. Noise in f "
-    "(random numbers, a part of it in float32) wants them above its size, a jump of f wants stops",
+    "(random numbers, a part of it in float32) wants them above its size, a jump of f wants stops; "
+    "resets of an Event that pile up, as those of a ball that comes to rest, never end: stop there with another Event",
     Status.stiff: "the problem is stiff: not the error but stability limited the steps, and max_steps were not enough. Use an "
     "implicit method, Adaptive(jode.rodas5p, ...)",
     Status.step_underflow: "the step shrank below the resolution of time: the solution may blow up there or leave the domain of f, "
@@ -404,7 +384,7 @@ def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, known: Kn
         solver = jax.tree.map(lambda x: x if isinstance(x, int) else jnp.where(valid, x, 1).astype(x.dtype), solver)
     saved, jump = None, None
     orders, others = in_order(looks, ts)
-    if stops is not None or jumps:
+    if stops is not None or jumps or asked.resets:
         solver, ts, saved = stopping(solver, ts, others, stops, jumps and jumps[0])
     elif looks:
         ts = jnp.concatenate([ts, others])
@@ -417,7 +397,19 @@ def _solve(y0: Any, ts: Any, dynamic: list, static: Any, adjoint: Any, known: Kn
     layers = solver.layers(args, intervals)
     steps = solver.steps_between(intervals, layers)
     jac = solver.method.jac and inside(solver.method.jac, beside, bool(jumps))
-    closed, params, outs = close(f, ts, y0, args, layout, solver.leading(args), beside, jump, jac, asked.seen_with(bool(jumps)))
+    closed, params, outs = close(
+        f,
+        ts,
+        y0,
+        args,
+        layout,
+        solver.leading(args),
+        beside,
+        jump,
+        jac,
+        asked.seen_with(bool(jumps)),
+        asked.resets_with(bool(jumps)),
+    )
     weights = sum(x.size for x in (*params.shared, *params.layers))
     most = solver.most_steps(intervals, steps)
     method = solver.method.for_steps(most)

@@ -158,6 +158,9 @@ class Rows:
         """The table with entry j of the first axis set, row by row; a row's entry out of range is dropped."""
         if self.size is None:
             return jax.lax.dynamic_update_index_in_dim(table, value, j, 0)
+        if table.shape[0] <= 32:
+            places = jnp.arange(table.shape[0], dtype=j.dtype).reshape(-1, 1, 1)
+            return jnp.where(places == j[None], value[None].astype(table.dtype), table)
         j, r = self.flat(j), jnp.arange(self.size)
         if self.axis == -1:
             return table.at[j, :, r].set(value.T, mode="drop", unique_indices=True)

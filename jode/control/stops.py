@@ -57,7 +57,7 @@ def _marked(ts: Array, stops: Array | None, jumps: Array | None) -> tuple[Array,
     if jumps is not None:
         parts.append(jumps)
         marks.append(jnp.where((sign * (jumps - t0) >= 0) & (sign * (jumps - t1) < 0), 1 + _index(jumps), -1))
-    given, marks = jnp.concatenate(parts), jnp.concatenate([*marks, jnp.full(1, -1, jnp.int32)])
+    given, marks = jnp.concatenate([ts[:0], *parts]), jnp.concatenate([*marks, jnp.full(1, -1, jnp.int32)])
     times, rest = jnp.where(marks >= 0, jnp.concatenate([given, t1[None]]), t1), marks < 0
     order = jnp.lexsort((rest, jax.lax.stop_gradient(sign * times)))
     last = jnp.where(jnp.any(given == t1), 0, -1)
@@ -109,7 +109,8 @@ class FixedStops(Fixed):
 class Stopped(NamedTuple):
     """A `Progress`, and in columns: how many of the marked times are behind; which of ts the row stands at (-1: none); the next
     time, and what happens there; whether the row wants another step; and whether it waits for what happens where it is. before: the
-    states that were reset, where they are kept.
+    states that were reset, where they are kept. Where events reset: at which one the next step aims (-1: none), how often it did,
+    how wide it may be, from which side g comes, and how many there were.
     """
 
     t: Array
@@ -128,6 +129,11 @@ class Stopped(NamedTuple):
     wanted: Array
     waits: Array
     before: Any
+    aim: Any = ()
+    tries: Any = ()
+    room: Any = ()
+    side: Any = ()
+    found: Any = ()
 
 
 @jax.tree_util.register_dataclass
@@ -148,6 +154,8 @@ class AdaptiveStops(Adaptive):
         zero, no = jnp.zeros(p.t.shape, jnp.int32), jnp.zeros(p.t.shape, bool)
         kept = stack_zeros(problem.numbers["marks"].shape[0], s) if march.keeps_resets else ()
         c = Stopped(*p, behind=zero, node=zero, end=p.t, mark=zero, wanted=no, waits=no, before=kept)
+        if march.resetting:
+            c = c._replace(aim=zero - 1, tries=zero, room=jnp.zeros_like(p.t), side=zero.astype(jnp.int8), found=zero)
         return self._towards(march, problem, c, p.h, slope or ())
 
     def _towards(self, march: Any, problem: Problem, c: Stopped, width: Array, slope: State) -> Stopped:
@@ -186,12 +194,17 @@ class AdaptiveStops(Adaptive):
     def serve(self, march: Any, problem: Problem, c: Any) -> Any:
         """Reset rows that wait, evaluate their slope and choose their first step anew, and go on to the next time."""
         p, method = c.control, march.method
-        s = march.reset_by(problem, jnp.where(p.waits, p.mark, -1), p.t, c.s)
+        known = p.waits & (p.node >= 0)
+        s = march.reset_by(problem, jnp.where(known, p.mark, -1), p.t, c.s)
+        after = jnp.where(known, march.after(problem, p.t), p.t)
+        if march.resetting:
+            found = p.waits & (p.node < 0)
+            s = march.reset_found(problem, jnp.where(found, p.node, -1), p.t, s)
+            p = p._replace(aim=jnp.where(found, -1, p.aim), found=p.found + found.astype(jnp.int32))
         y = method.read(s)
-        after = march.after(problem, p.t)
         slope = march.F(after, y, problem.params)
         width = self.first_width(march, problem, after, y, slope)
-        on = self._towards(march, problem, p._replace(behind=p.behind + p.waits.astype(jnp.int32)), width, slope)
+        on = self._towards(march, problem, p._replace(behind=p.behind + known.astype(jnp.int32)), width, slope)
         if march.keeps_resets:  # of rows at their next time, which may be their end; the last entry takes what is not wanted
             at = jnp.where(p.node == _first(problem) + p.behind, p.behind, problem.numbers["marks"].shape[0] - 1)
             on = on._replace(before=tuple(march.rows.write(table, at, x) for table, x in zip(p.before, c.s, strict=True)))
@@ -208,7 +221,7 @@ class AdaptiveStops(Adaptive):
         return carry.wanted & (carry.loops < self.max_steps)
 
     def resets(self, march: Any, problem: Problem, carry: Stopped) -> Array:
-        return self.nfe_start * carry.behind
+        return self.nfe_start * (carry.behind + carry.found if march.resetting else carry.behind)
 
     def report(self, march: Any, problem: Problem, c: Any, good: Array, slope: State) -> tuple[Array, Array, Array, Array]:
         p = c.control  # a row that still waits has no width, and is not stuck
@@ -218,21 +231,21 @@ class AdaptiveStops(Adaptive):
         if left is None:
             return super().ends(march, problem, grid, i)
         start = jnp.where(i == 0, grid.start, grid.times[jnp.maximum(i - 1, 0)])
-        end, (p, q) = grid.times[i], _nodes(grid, i)
+        end, (p, q) = grid.times[i], nodes_of(grid, i)
         moved = (end != start) | (p != q)
         first, last = moved & (p >= 0), moved & (q >= 0)
         places = jnp.maximum(p, 0), jnp.maximum(q, 0)
         return places, lambda a, b: (t := jnp.where(first, a, start), jnp.where(last, b, end) - t)
 
     def limited(self, march: Any, problem: Problem, grid: Grid, i: Array, window: Window) -> Window:
-        p, q = _nodes(grid, i)
+        p, q = nodes_of(grid, i)
         window = _standing(window, (window.h == 0) & (p == q))
         end = jnp.where(q < 0, window.t + window.h, march.rows.pick(problem.ts, jnp.maximum(q, 0)))
         marked = lambda j: march.mark(problem, j) >= 0
         return _seeing_between(march, problem, window, window.t, marked(p), end, marked(q))
 
     def node(self, march: Any, problem: Problem, grid: Grid, i: Array) -> Array:
-        p, q = _nodes(grid, i)
+        p, q = nodes_of(grid, i)
         return jnp.where(p == q, -1, q)  # a row that stands still has been served
 
 
@@ -253,7 +266,7 @@ def _seeing_between(march: Any, problem: Problem, window: Window, a: Array, at_a
     return replace(window, limits=(jnp.minimum(first, last), jnp.maximum(first, last)))
 
 
-def _nodes(grid: Grid, i: Array) -> tuple[Array, Array]:
+def nodes_of(grid: Grid, i: Array) -> tuple[Array, Array]:
     """Which of ts rows stand at before and after slot i."""
     table, first = grid.nodes
     return jnp.where(i == 0, first, table[jnp.maximum(i - 1, 0)]), table[i]

@@ -12,6 +12,8 @@ from jax import Array
 
 from jode.control import Grid
 from jode.control.adaptive import direction
+from jode.control.stops import nodes_of
+from jode.march import resets
 from jode.march.forwards import Loop, March
 from jode.march.values import Carry, Cotangents, Given, Kept, Problem, inner
 from jode.observe import Bars, Record, Recorded, Seen
@@ -36,11 +38,16 @@ def pull(
     (t, h), span_back = jax.vjp(span, _time(march, ts, p), _time(march, ts, q))
     window = solver.limited(march, problem, grid, i, march.window(problem, t, h, i if solver.lands else None))
     sbar, left, slopes_bar = c.s, c.left, None
-    s = _sound(march, problem, grid, good[q] if solver.lands else None, g, t, s, start)
+    s = _sound(march, problem, grid, good[q] if solver.lands else good[0], g, t, s, start)
+    if solver.lands and window.still is not None:
+        s = where(window.still, start, s)  # rows of another batch, which had fewer slots, have no state there
     K, pull = march.method.pullback(window, s, march.needs_slopes, march.rolled)
     s1 = march.method.step(window, s).state if solver.marked or march.plan.watches else ()
+    node: Any = ()
     if solver.marked:
-        c = _pull_reset(march, problem, solver.node(march, problem, grid, i), march.still(window, s, s1), c)
+        node = solver.node(march, problem, grid, i)
+        c = _pull_reset(march, problem, node, march.still(window, s, s1), c)
+        c = _pull_found(march, problem, node, t + h, s1, c) if march.resetting else c
         sbar = c.s
     if solver.lands and march.plan.saves > 2:
         bound = solver.bound(march, problem)
@@ -48,7 +55,7 @@ def pull(
         sbar = where(landed, _saved(march, sbar, take(g.ys, q)), sbar)
     nothing = jnp.zeros_like(h), jnp.zeros_like(t), zeros_like(s), zeros_like(K) if K is not None else ()
     bars = Bars(*nothing, c.ts, zeros_like(s1), c.shared)
-    seen, nexts = Seen(window, s, [], None, None, i, s1=s1), []
+    seen, nexts = Seen(window, s, [], None, None, i, node, s1), []
     for w, left_to, bar, values in zip(
         march.watches, c.next, _by_watch(march, g.ys, g.observed), _by_watch(march, (), g.values), strict=True
     ):
@@ -57,6 +64,9 @@ def pull(
     if march.watches:
         slopes_bar = bars.slopes if K is not None else None
         sbar = add(sbar, bars.end) if march.plan.watches else sbar
+    if march.resetting:
+        ybar, more = resets.pull_time(march, problem, node, window, s, s1, bars, sbar, c.found)
+        sbar, bars = _saved(march, sbar, ybar), bars._replace(shared=add(bars.shared, more))
     size = march.plan.degree + 1
     before = [jax.lax.dynamic_slice_in_dim(x, i, size, 0) for x in c.layers]
     # Rows that stand still take no step: of methods that carry slopes even one of no width depends on time and parameters.
@@ -68,9 +78,17 @@ def pull(
     if not solver.lands:
         left = left - (h != 0).astype(jnp.int32)
     abar, bbar = span_back((tbar, hbar))
+    found = where_found(march, problem, grid, i, window, c.found, tbar - hbar) if march.resetting else ()
     layers = [jax.lax.dynamic_update_slice_in_dim(x, u, i, 0) for x, u in zip(c.layers, after, strict=True)]
     tsbar = _add_time(march, _add_time(march, bars.ts, p, abar), q, bbar)
-    return Cotangents(sbar, tsbar, shared, layers, left, tuple(nexts))
+    return Cotangents(sbar, tsbar, shared, layers, left, tuple(nexts), found)
+
+
+def where_found(march: March, problem: Problem, grid: Grid, i: Array, window: Any, tau: Array, abar: Array) -> Array:
+    """The cotangent of the time that rows stand at before step i, if it was found at an event that resets, from that after it."""
+    before, after = nodes_of(grid, i)
+    moved = (window.h != 0) | (before != after)
+    return jnp.where(moved, jnp.where(before <= -2, abar, 0), tau)
 
 
 def _by_watch(march: March, saved: Any, observed: tuple) -> tuple:
@@ -81,14 +99,14 @@ def _by_watch(march: March, saved: Any, observed: tuple) -> tuple:
 def _sound(march: March, problem: Problem, grid: Grid, good: Any, g: Given, t: Array, s: State, start: State) -> State:
     """The state that a step from t starts from; rows that failed, or ended before it, take the first one.
 
-    good: where steps end at save times, rows whose next one is finite.
+    good: rows whose first saved state is finite and, where steps end at save times, whose next one is.
     """
     if march.solver.lands:
         end = march.end(problem, g.values)
         if end is not None:
             good = good | (direction(march.save_times(problem)) * (end - t) > 0)
         return where(good, s, start)
-    return where(grid.accepted > 0, s, start) if march.rows.size is not None else s
+    return where((grid.accepted > 0) & good, s, start) if march.rows.size is not None else s
 
 
 def _time(march: March, ts: Array, j: Any) -> Array:
@@ -116,6 +134,18 @@ def _pull_reset(march: March, problem: Problem, j: Array, s1: State, c: Cotangen
     return c._replace(s=sbar, ts=rows.add_at(c.ts, at, jnp.where(j >= 0, tbar, 0)), shared=add(c.shared, shared))
 
 
+def _pull_found(march: March, problem: Problem, node: Array, t: Array, s1: State, c: Cotangents) -> Cotangents:
+    """Cotangents before the resets of events at t, from those after them, s1 being the state before them."""
+    params = problem.params
+
+    def reset(t: Array, s: State, shared: list) -> State:
+        return march.reset_found(problem._replace(params=params._replace(shared=shared)), node, t, s)
+
+    _, back = jax.vjp(reset, t, s1, params.shared)
+    tbar, sbar, shared = back(c.s)
+    return c._replace(s=sbar, found=c.found + jnp.where(node <= -2, tbar, 0), shared=add(c.shared, shared))
+
+
 def _saved(march: March, sbar: State, g: State) -> State:
     """The cotangent of the method's state with that of a saved state added."""
     return (*add(march.method.read(sbar), g), *sbar[len(g) :])
@@ -129,7 +159,8 @@ def terminal(march: March, problem: Problem, good: Array, grid: Grid, g: Given) 
     params = problem.params
     s = (*(x[-1] for x in g.ys), *nothing)
     shared, layers = zeros_like(params.shared), zeros_like(params.layers)
-    return Cotangents(s, jnp.zeros_like(problem.ts), shared, layers, grid.accepted, next_)
+    found = march.rows.spread(jnp.zeros((), problem.ts.dtype)) if march.resetting else ()
+    return Cotangents(s, jnp.zeros_like(problem.ts), shared, layers, grid.accepted, next_, found)
 
 
 def at_initial(march: March, problem: Problem, g: State, c: Cotangents) -> Cotangents:
@@ -190,7 +221,7 @@ def chapter(march: March, problem: Problem, kept: Kept, by: Record, tables: Reco
     (s, slope, control), (_, _, next_) = take(kept.chapters, k), take(kept.chapters, k + 1)
     end, last = (k + 1) * by.slots, k == (kept.grid.loops - 1) // by.slots
     tables = tables._replace(slots=jnp.where(last, tables.slots, 0))
-    ends = tuple(w for w in march.plan.watches if w.ends)  # rows end where they did
+    ends = tuple(w for w in march.plan.watches if w.ends or w.resets)  # rows end, and are reset, where they were
     loop = Loop(march, problem, (replace(by, chapters=0), *ends))
     c = Carry(s, slope, march.solver.continued(march, problem, control, jnp.where(last, end, k * by.slots)), ())
     c = c._replace(observed=(tables, *(w.init(march, problem, c) for w in ends)))

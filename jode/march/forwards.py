@@ -13,6 +13,7 @@ from jax import Array
 
 from jode.control import Grid, Solver, Stats, Status
 from jode.control.adaptive import direction
+from jode.march import resets
 from jode.march.values import Carry, Kept, Outcome, Plan, Problem, problem_of
 from jode.method import Method
 from jode.native import Batch
@@ -44,6 +45,8 @@ class Loop:
     def attempt(self, place: Any, c: Carry) -> Carry:
         """Try one step."""
         march, problem, solver, method = self.march, self.problem, self.march.solver, self.march.method
+        if march.resetting:
+            c = c._replace(control=resets.moving(march, problem, c))
         window = solver.window(march, problem, place, c.control)
         step = method.step(window, c.s, c.slope)
         if solver.estimates or march.needs_slopes:
@@ -53,6 +56,8 @@ class Loop:
         if not (solver.estimates or solver.layered):  # a residual network is what it computes
             step = method.looked_at(window, c.s, step)
         accept, control = solver.judge(march, problem, c.control, window, c.s, step)
+        if march.resetting:
+            accept, control = resets.aims(self, c, window, step, accept, control)
         choose = partial(where, accept) if accept is not None else lambda new, _: new
         slope = choose(method.reused(step.slopes[-1]), c.slope) if solver.estimates else ()
         t, slot = (None, place[-1]) if solver.lands else (control.t, None)
@@ -105,6 +110,7 @@ class March:
     jump: Callable | None = None  # the state after jump k, of all rows: (t, y, params, k)
     jac: Callable | None = None  # the Jacobian that was given, of all rows
     functions: tuple = ()  # what observers look by, of all rows
+    resets: tuple = ()  # what resets the state at events, of all rows
     alone: Any = None  # the vector field of one trajectory
     keeps_resets: bool = False  # whether states that are reset are kept, for a way back that cannot take the step again
     tells_stiff: bool = True  # whether a solve that ran out of steps is looked at for stiffness
@@ -175,8 +181,8 @@ class March:
         leaves, treedef = jax.tree.flatten(problem)
         flags = jax.tree.leaves(self.mapped)
         rows, loops = Rows(GROUP, -1), c.control.loops
-        F, kept, jump, jac, functions = _lifted(self.plan, rows, self.mapped)
-        group = replace(self, rows=rows, F=F, kept=kept, jump=jump, jac=jac, functions=functions)
+        names = "F", "kept", "jump", "jac", "functions", "resets"
+        group = replace(self, rows=rows, **dict(zip(names, _lifted(self.plan, rows, self.mapped), strict=True)))
 
         def with_loops(
             march: March, problem: Problem, c: Carry, loops: Any
@@ -233,6 +239,19 @@ class March:
     def needs_slopes(self) -> bool:
         """Whether an observer needs the slopes of each step."""
         return any(w.slopes for w in self.watches)
+
+    @property
+    def resetting(self) -> tuple[Watch, ...]:
+        """The observers at which rows are reset."""
+        return tuple(w for w in self.plan.watches if w.resets)
+
+    def happens(self, watch: Watch, node: Array) -> Array:
+        """Whether rows at a node are reset by this observer."""
+        return resets.happens(node, self.resetting.index(watch), len(self.resetting))
+
+    def reset_found(self, problem: Problem, node: Array, t: Array, s: State) -> State:
+        """The method's state after what happens at t, where an event that resets was found, from that before it."""
+        return resets.reset_at(self, problem, node, t, s)
 
     def seen_by(self, watch: Watch) -> Callable:
         """What an observer looks by."""
@@ -345,7 +364,11 @@ class March:
         """The state after step i from the state s before it."""
         window = self._window(problem, grid, i)
         s = self.still(window, s, self.method.step(window, s).state)
-        return self.reset(problem, self.solver.node(self, problem, grid, i), s) if self.solver.marked else s
+        if not self.solver.marked:
+            return s
+        node = self.solver.node(self, problem, grid, i)
+        s = self.reset(problem, node, s)
+        return self.reset_found(problem, node, window.t + window.h, s) if self.resetting else s
 
     def reset(self, problem: Problem, j: Array, s: State) -> State:
         """The method's state after what happens at ts[j], from that before it; j is a column, -1 where nothing does.
@@ -364,7 +387,7 @@ class March:
 
     def interrupted(self, problem: Problem, j: Any) -> Any:
         """Whether something happens at ts[j], or at an equal time after it: f jumps, or the state."""
-        return self.mark(problem, j) != -1 if self.solver.marked else False
+        return (self.mark(problem, j) != -1) | (j <= -2) if self.solver.marked else False
 
     def _among_marks(self, problem: Problem, j: Array) -> Array:
         """The place among the marks of ts[j]."""
@@ -418,7 +441,8 @@ def _or_nan(t: Array) -> Array:
 
 
 def _lifted(plan: Plan, rows: Rows, mapped: Any) -> tuple:
-    """The vector field, what observers keep, the jumps, the Jacobian, and what observers look by, for all rows."""
+    """The vector field, what observers keep, the jumps, the Jacobian, what observers look by, and the resets, for all rows."""
     axes, closed = mapped.params if mapped else None, plan.closed
     lift = lambda f: f and jax.jit(rows.lift(f, axes))
-    return lift(closed.field), lift(closed.kept), lift(closed.jump), lift(closed.jac), tuple(map(lift, closed.looks))
+    one = map(lift, (closed.field, closed.kept, closed.jump, closed.jac))
+    return *one, tuple(map(lift, closed.looks)), tuple(map(lift, closed.resets))

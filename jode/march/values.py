@@ -100,7 +100,8 @@ class Given(NamedTuple):
 
 class Cotangents(NamedTuple):
     """What the way back carries: cotangents of the method's state, the save times and the parameters; how many of its steps
-    each row has not gone back, and what the observers of the march go back to next.
+    each row has not gone back, and what the observers of the march go back to next. found: of the time that each row stands at,
+    where that was found at an event that resets.
     """
 
     s: State
@@ -109,6 +110,7 @@ class Cotangents(NamedTuple):
     layers: list
     left: Any
     next: Any
+    found: Any = ()
 
 
 def moving_of(problem: Problem) -> tuple[tuple, tuple]:

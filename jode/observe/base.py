@@ -58,6 +58,7 @@ class Watch:
     waits: bool = False
     ends: Any = False  # whether trajectories may end where it says so, in `over` of its carry
     slopes: bool = False  # whether it needs the slopes of a step, at its end too
+    resets: bool = False  # whether rows are reset where it says so
     by_row: bool = False  # whether its carry has the rows last, so that some of them may go on without the others
 
     def init(self, march: Any, problem: Problem, c: Any) -> Any:

@@ -20,7 +20,7 @@ from jode.window import Problem
 
 class Crossings(NamedTuple):
     """Times and states where g crossed zero, and how many of them; NaN where there is none. With `most` > 1 times and states lead
-    with an axis of that length.
+    with an axis of that length. At a reset the state is that before it, and `count` counts those too that were not kept.
     """
 
     t: Array
@@ -52,9 +52,17 @@ class Event:
     derivatives of time and state, up to the third, are those of the implicit function g(t, y(t)) = 0, and NaN where g only touches
     zero. Costs `looks` evaluations of g and of the interpolant a step, and some twenty for each crossing.
 
+    With `reset` y becomes reset(t, y, args) at each crossing, and the solve goes on, as often as it happens. The step before ends
+    at the crossing: it is taken again, narrower, until g is zero to rounding at its end, which costs two or three steps, and a reset
+    two evaluations of f. States saved at that time, `Dense` and `At` are before the reset there. Directly after it g may be zero,
+    and must leave zero before it counts again. Events that reset and coincide, to rounding, all happen, in the order given. Needs
+    `Adaptive` and `Backprop`. Derivatives, up to the third, are those of the implicit function and of the reset (the saltation).
+    Resets that pile up end in `Status.max_steps`.
+
     g: pure, for one trajectory; a real number. direction: 1 for crossings upwards in the order of the solve, -1 downwards, 0 both.
     terminate: whether the trajectory ends at its first crossing, with `Status.event`; states at save times after it are NaN.
-    `Fixed` marches on to the end all the same. most: how many crossings are kept. looks: how often a step is looked at.
+    `Fixed` marches on to the end all the same; with `reset` it has no meaning. most: how many crossings are kept. looks: how often
+    a step is looked at. reset: pure, for one trajectory; the structure and shapes of y.
     """
 
     g: Callable
@@ -62,10 +70,13 @@ class Event:
     terminate: bool = True
     most: int = 1
     looks: int = 8
+    reset: Callable | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.g):
             raise TypeError(f"Event: g must be a function g(t, y, args), got {self.g!r}")
+        if not (self.reset is None or callable(self.reset)):
+            raise TypeError(f"Event: reset must be a function reset(t, y, args) that returns a state like y, got {self.reset!r}")
         if self.direction not in (-1, 0, 1):
             raise ValueError(f"Event: direction must be -1, 0 or 1, got {self.direction!r}")
         for name in ("most", "looks"):
@@ -75,6 +86,8 @@ class Event:
 
     @property
     def table(self) -> EventTable:
+        if self.reset is not None:
+            return ResetTable(self.most, self.g, None, self.direction, False, self.looks, self.reset)
         return EventTable(self.most, self.g, None, self.direction, self.terminate, self.looks)
 
 
@@ -130,9 +143,8 @@ class EventTable(Table):
         still = jax.lax.stop_gradient(step)
         along = lambda theta: self._along(march, still, theta)
         rests = march.solver.rests(march, problem, seen)
-        before, signs = self._signs(march, problem, carry, seen, still, taken, rests)
-        turned = (jnp.abs(before) == 1) & (jnp.abs(signs) <= 1) & (signs != before)
-        crossed = taken[None] & turned & ((before == -self.direction) | (self.direction == 0))
+        before, signs, _ = self._signs(march, problem, carry, seen, still, taken, rests)
+        crossed = taken[None] & self._turned(before, signs)
 
         def one(c: tuple) -> tuple:
             """The first crossing of a row that is left."""
@@ -144,22 +156,30 @@ class EventTable(Table):
             values = self._crossing(march, step, theta, wanted)
             index = jnp.where(wanted, jnp.minimum(count, capacity), capacity)
             entries = tuple(rows.write(table, index, x) for table, x in zip(entries, values, strict=True))
-            there = jnp.arange(n, dtype=jnp.int32).reshape(-1, *[1] * i.ndim) == i[None]
+            there = _places(n, i) == i[None]
             return count + wanted.astype(jnp.int32), entries, left & ~there & (not self.terminate)
 
         count, entries, _ = march.runner.until(lambda c: ~jnp.any(c[2]), one, (carry.count, carry.entries, crossed))
         over = carry.over | (jnp.any(crossed, axis=0) & self.terminate)
         return Looked(count, entries, over, jnp.where(taken, signs[-1], carry.side), jnp.where(taken, rests, carry.fresh))
 
+    def _turned(self, before: Array, after: Array) -> Array:
+        """Whether g crosses zero in the direction that counts, by its signs before and after."""
+        turned = (jnp.abs(before) == 1) & (jnp.abs(after) <= 1) & (after != before)
+        return turned & ((before == -self.direction) | (self.direction == 0))
+
     def _signs(self, march: Any, problem: Problem, carry: Looked, seen: Seen, step: tuple, taken: Array, rests: Array) -> tuple:
-        """The signs of g before each part of the step, the first just after its start, and after it; rests: see `Solver.rests`."""
+        """The signs of g before each part of the step, the first just after its start, and after it, and its values after it;
+        rests: see `Solver.rests`.
+        """
         (t, h, *_, params), n, read = step, self.looks, march.method.read
         t1 = march.rows.spread(t + h if seen.t is None else seen.t)
         start, end = jax.lax.stop_gradient(((t, read(seen.s)), (t1, read(seen.s1))))
-        signs = sign_of(self.value(march, *end, params))[None]
+        values = self.value(march, *end, params)[None]
         if n > 1:
-            inside = jax.vmap(lambda theta: sign_of(self._along(march, step, theta)))(jnp.arange(1, n, dtype=t.dtype) / n)
-            signs = jnp.concatenate([inside, signs])
+            inside = jax.vmap(lambda theta: self._along(march, step, theta))(jnp.arange(1, n, dtype=t.dtype) / n)
+            values = jnp.concatenate([inside, values])
+        signs = sign_of(values)
 
         def at_ends() -> tuple:
             first, rate, near = self._nearly_zero(march, problem, step, 0.0, *start)
@@ -170,7 +190,7 @@ class EventTable(Table):
         side, arrives = jax.lax.cond(jnp.any(taken & (carry.fresh | rests)), at_ends, known)
         side = jnp.where(carry.fresh, side, carry.side)
         signs = signs.at[-1].set(jnp.where(rests & arrives, 0, signs[-1]))
-        return jnp.concatenate([side[None], signs[:-1]]), signs
+        return jnp.concatenate([side[None], signs[:-1]]), signs, values
 
     def _along(self, march: Any, step: tuple, theta: Array) -> Array:
         """g on the interpolant, a fraction theta into the step: (t, h, s, slopes, params)."""
@@ -182,7 +202,8 @@ class EventTable(Table):
         """g at the time and state theta into the step, its derivative by theta, and whether g is zero there to rounding."""
         t, h, *_, params = step
         g, back = jax.vjp(lambda t, y: self.value(march, t, y, params), at, y)
-        _, rate = jax.jvp(lambda theta: self._along(march, step, theta), (jnp.full_like(t, theta),), (jnp.ones_like(t),))
+        place = jnp.asarray(theta, t.dtype)  # the same of all rows: its weights are numbers
+        _, rate = jax.jvp(lambda theta: self._along(march, step, theta), (place,), (jnp.ones_like(place),))
         by_t, by_y = back(jnp.ones_like(t))
         size = jnp.finfo(t.dtype).eps * jnp.abs(by_t * at)
         for d, x in zip(by_y, y, strict=True):
@@ -242,6 +263,74 @@ class EventTable(Table):
         return Crossings(t[:, 0], unflatten(tuple(y), (t.shape[0],)), count)
 
 
+@dataclass(frozen=True)
+class ResetTable(EventTable):
+    """An `Event` that resets, inside the loop: an entry for each crossing, which is the end of a step: its time, the state before
+    the reset, and, in the first entry, how many there are.
+    """
+
+    reset: Callable | None = None
+
+    resets = True
+
+    def shapes(self, plan: Any) -> tuple:
+        one = jax.ShapeDtypeStruct((1,), plan.time)
+        return (one, *plan.layout.packed, one)
+
+    def looks_ahead(self, march: Any, problem: Problem, carry: Looked, seen: Seen, taken: Array) -> tuple:
+        """Of rows that would take the step: whether g crosses zero in it, near which fraction it first does, and from which side.
+        And at its end: g, its derivative by the fraction, whether it is zero to rounding, and whether it comes there from one side.
+        """
+        rows, window = march.rows, seen.window
+        t, h = rows.spread(window.t), rows.spread(window.h)
+        step = (t, h, seen.s, march.method.refined(window, seen.s, seen.slopes), window.params)
+        step = jax.lax.stop_gradient(step)
+        before, signs, values = self._signs(march, problem, carry, seen, step, taken, jnp.zeros(taken.shape, bool))
+        crossed = taken[None] & self._turned(before, signs)
+        wanted, i = jnp.any(crossed, axis=0), jnp.argmax(crossed, axis=0).astype(jnp.int32)
+        t1, y1 = jax.lax.stop_gradient((rows.spread(t + h), march.method.read(seen.s1)))
+        first = self.value(march, t, jax.lax.stop_gradient(march.method.read(seen.s)), seen.window.params)
+        came = jnp.sum(jnp.where(_places(self.looks, i) == i[None], before, 0), axis=0, dtype=before.dtype)
+        theta = _near_root(jnp.concatenate([first[None], values]), i, came)
+        g, rate, near = self._nearly_zero(march, problem, step, 1.0, t1, y1)
+        arrives = near & self._turned(carry.side, -carry.side) & (carry.side.astype(rate.dtype) * rate < 0)
+        return wanted, theta, came, (g, rate, near, arrives)
+
+    def step(self, march: Any, problem: Problem, carry: Looked, seen: Seen) -> Looked:
+        assert self.capacity is not None
+        rows = march.rows
+        taken = (seen.window.h != 0) & seen.accept
+        happens = taken & march.happens(self, seen.node)
+        end = jax.lax.stop_gradient((rows.spread(seen.t), march.method.read(seen.s1)))
+        count = carry.count + happens.astype(jnp.int32)
+        index = jnp.where(happens, jnp.minimum(carry.count, self.capacity), self.capacity)
+        values = (rows.as_vector(seen.t), *march.method.read(seen.s1))
+        entries = tuple(rows.write(table, index, x) for table, x in zip(carry.entries, values, strict=False))
+        total = rows.write(carry.entries[-1], jnp.zeros_like(index), rows.as_vector(count.astype(seen.t.dtype)))
+        side = jnp.where(taken, sign_of(self.value(march, *end, seen.window.params)), carry.side)
+        rests = march.solver.rests(march, problem, seen)
+        return Looked(count, (*entries, total), carry.over, side, jnp.where(taken, rests, carry.fresh))
+
+    def pull(
+        self, march: Any, problem: Problem, left: Array, seen: Seen, K: State, g: State, values: State, bars: Bars
+    ) -> tuple[Array, Bars]:
+        rows, window = march.rows, seen.window
+        at = jnp.maximum(left - 1, 0)
+        ahead = (rows.number(rows.pick_state(values[0], at)) - (window.t + window.h)) * jnp.sign(window.h)
+        # Crossings behind the last one that was kept have no entry.
+        mask = march.happens(self, seen.node) & (window.h != 0) & (left > 0) & (2 * ahead > -jnp.abs(window.h))
+        tbar, *ybar = (jnp.where(mask, rows.pick_state(x, at), 0).astype(x.dtype) for x in g[:-1])
+        tbar = rows.number(tbar)
+        end = (*add(march.method.read(bars.end), tuple(ybar)), *bars.end[len(ybar) :])
+        return left - mask.astype(jnp.int32), bars._replace(t=bars.t + tbar, h=bars.h + tbar, end=end)
+
+    def result(self, entries: State, reached: Array, unflatten: Callable) -> Crossings:
+        total = entries[-1]
+        found = super().result(entries[:-1], reached, unflatten)
+        count = jax.lax.stop_gradient(jnp.where(jnp.isfinite(total[0, 0]), total[0, 0], 0))
+        return found._replace(count=count.astype(jnp.int32))
+
+
 def sign_of(g: Array) -> Array:
     """1, 0 or -1, and 2 for NaN. In bytes: with a buffer of half a kilobyte XLA on a CPU runs a loop's kernels in several threads,
     and 10 rows take 570 µs instead of 330.
@@ -260,6 +349,27 @@ def zero_of(g: Array, slope: Array) -> Array:
 def _(primals: tuple, tangents: tuple) -> tuple:
     (g, slope), (gdot, _) = primals, tangents
     return zero_of(g, slope), -gdot / slope
+
+
+def _near_root(values: Array, i: Array, before: Array) -> Array:
+    """Where g comes to zero from the side `before`, between places i and i + 1 of n equal parts, by the parabola through its values
+    there and at a third place beside: a fraction of the n parts, off by the third power of 1 / n. At the start g may be zero too.
+    """
+    n, side = values.shape[0] - 1, before.astype(values.dtype)
+    at = lambda j: jnp.sum(jnp.where(_places(n + 1, j) == j[None], values, 0), axis=0)
+    a, b, first = at(i), at(i + 1), i == 0
+    third = at(jnp.where(first, jnp.minimum(i + 2, n), i - 1))
+    bend = jnp.where(n > 1, (third - jnp.where(first, 2 * b - a, 2 * a - b)) / 2, 0)
+    slope = b - a - bend  # a + slope u + bend u² is zero, and falls from its side: its derivative there is -side · root
+    root = jnp.sqrt(jnp.maximum(slope * slope - 4 * a * bend, 0))
+    rises = (side * slope > 0) & (bend != 0)
+    below = jnp.where(rises, 2 * bend, side * root - slope)
+    u = jnp.where(rises, -slope - side * root, 2 * a) / jnp.where(below == 0, 1, below)
+    return (i.astype(u.dtype) + jnp.clip(u, 0, 1)) / n
+
+
+def _places(n: int, like: Array) -> Array:
+    return jnp.arange(n, dtype=like.dtype).reshape(-1, *[1] * like.ndim)
 
 
 def _root(runner: Any, g: Callable, low: Array, high: Array, before: Array, after: Array, wanted: Array) -> Array:
