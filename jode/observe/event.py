@@ -53,11 +53,11 @@ class Event:
     zero. Costs `looks` evaluations of g and of the interpolant a step, and some twenty for each crossing.
 
     With `reset` y becomes reset(t, y, args) at each crossing, and the solve goes on, as often as it happens. The step before ends
-    at the crossing: it is taken again, narrower, until g is zero to rounding at its end, which costs two or three steps, and a reset
-    two evaluations of f. States saved at that time, `Dense` and `At` are before the reset there. Directly after it g may be zero,
-    and must leave zero before it counts again. Events that reset and coincide, to rounding, all happen, in the order given. Needs
-    `Adaptive` and `Backprop`. Derivatives, up to the third, are those of the implicit function and of the reset (the saltation).
-    Resets that pile up end in `Status.max_steps`.
+    at the crossing: it is taken again, narrower, until g is zero to rounding at its end, which costs two or three steps; a reset
+    costs two evaluations of f. States saved at that time, `Dense` and `At` are before the reset there. Directly after it g may be
+    zero, and must leave zero before it counts again. Events that reset and coincide, to rounding, all happen, in the order given.
+    Needs `Adaptive` and `Backprop`. Derivatives, up to the third, are those of the implicit function and of the reset (the
+    saltation). Resets that pile up end in `Status.max_steps`.
 
     g: pure, for one trajectory; a real number. direction: 1 for crossings upwards in the order of the solve, -1 downwards, 0 both.
     terminate: whether the trajectory ends at its first crossing, with `Status.event`; states at save times after it are NaN.
