@@ -201,7 +201,7 @@ def check(sol: Solution) -> Solution:
     saved = f"last good save time {ts[finite][-1]}" if finite.any() else f"no good state, not even at {ts[0]}"
     reached = f"at t = {np.asarray(sol.reached)[row]}, {saved}"
     which = f"trajectory {row[0] if len(row) == 1 else row} of {status.size} ({len(failed)} failed)" if row else "the solve"
-    steps, implicit = int(np.asarray(sol.stats.steps)[row]), bool(np.asarray(sol.stats.factorisations)[row])
+    steps, implicit = int(np.asarray(sol.stats.steps)[row]), bool(np.asarray(sol.stats.jacobians)[row])
     remedy = _REMEDIES[code] + ("" if implicit else _FOR_EXPLICIT.get(code, ""))
     raise SolveError(f"{which} ended with {code.name} after {steps} steps, {reached}: {remedy}")
 

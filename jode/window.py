@@ -94,16 +94,16 @@ class Window:
         t, h, shared, layers = moving
         return replace(self, t=t, h=h, params=self.params._replace(shared=shared, layers=layers))
 
-    def linearised(self, y: State, along: State, c: float = 0.0) -> tuple[State, State, State]:
-        """F = f(t + c h, y) for a fraction c, its derivative by that fraction, h ∂f/∂t, and ∂F/∂y along some states, stacked.
+    def linearised(self, y: State, along: State) -> tuple[State, State, State]:
+        """At the start of the step f(t, y), h ∂f/∂t, and ∂f/∂y along some states, stacked.
 
         Costs one forward derivative of f for each of the states, and one more.
         """
         still = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), along)
-        c_ = jnp.asarray(c, self.h.dtype)
+        c = jnp.zeros((), self.h.dtype)
         n = jax.tree.leaves(along)[0].shape[0]
-        moves = jnp.concatenate([jnp.ones(1, c_.dtype), jnp.zeros(n, c_.dtype)])
-        derivative = lambda move, v: jax.jvp(self, (c_, y), (move, v))
+        moves = jnp.concatenate([jnp.ones(1, c.dtype), jnp.zeros(n, c.dtype)])
+        derivative = lambda move, v: jax.jvp(self, (c, y), (move, v))
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), still, along)
         slope, moved = jax.vmap(derivative, out_axes=(None, 0))(moves, both)
         return slope, tuple(x[0] for x in moved), tuple(x[1:] for x in moved)

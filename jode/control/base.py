@@ -46,8 +46,8 @@ class Stats(NamedTuple):
     `nfe` counts evaluations of the vector field; `steps` = `accepted` + `rejected`. `nfe_backward` counts the evaluations
     that a gradient by the chosen adjoint takes besides: one per stage, each differentiated too, and those of steps taken again;
     zero where it is not known (`Backsolve`). On a CPU small states (32 components) take one more per stage, not counted. An
-    implicit method evaluates `jacobians` (each of n + 1 forward derivatives of the field, not in `nfe`) and factorises matrices
-    besides.
+    implicit method evaluates `jacobians` besides (each of n + 1 forward derivatives of the field, not in `nfe`), and factorises as
+    many matrices.
     """
 
     nfe: Int32[Array, ""]
@@ -56,7 +56,6 @@ class Stats(NamedTuple):
     rejected: Int32[Array, ""]
     nfe_backward: Int32[Array, ""]
     jacobians: Int32[Array, ""]
-    factorisations: Int32[Array, ""]
 
 
 class Grid(NamedTuple):

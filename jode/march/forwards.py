@@ -342,7 +342,7 @@ class March:
             status = jnp.where(full, int(Status.capacity), status).astype(jnp.int32)
         observed = tuple(self._whole(w, w.read(m), status) for w, m in watched)
         jacobians = tried * method.jacobians if method.jacobians else jnp.zeros((), jnp.int32)
-        stats = Stats(nfe, tried, accepted, tried - accepted, backward, jacobians, jacobians)
+        stats = Stats(nfe, tried, accepted, tried - accepted, backward, jacobians)
         return self._unpadded(problem, self._ended(problem, Outcome(ys, observed, good, stats, status, reached)))
 
     # --- a slot of the grid again, and back

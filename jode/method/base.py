@@ -46,7 +46,6 @@ class Method:
     solves: bool = False  # systems that it may not have solved: a step that is not ok then says so
     growth: float = 1.0  # of a rounding error in s through one inverse step, where that is known
     measured: tuple[int, ...] | None = None  # components of each vector that errors are measured by, the first ones; None: all
-    exact: bool = False  # whether `inverse` inverts `step` up to rounding
     error: tuple[tuple[float, ...], ...] = ()
     dense: tuple[tuple[float, ...], ...] = ((1.0, -0.5), (0.0, 0.5))  # the quadratic with slopes k_1 and k_2 at its ends
 

@@ -117,7 +117,6 @@ class ReversibleHeun(Method):
     embedded_order = 1
     evaluations = trials = starts = 1
     parts = 3
-    exact = True
     error = ((-0.5, 0.5),)
 
     def __repr__(self) -> str:
@@ -155,7 +154,6 @@ class Leapfrog(Method):
     embedded_order = 1
     evaluations = trials = starts = 1
     parts = 2
-    exact = True
     error = ((-0.5, 0.5),)
 
     def __repr__(self) -> str:
@@ -191,7 +189,6 @@ class Momentum(Method):
     embedded_order = None
     evaluations = trials = starts = 1
     parts = 2
-    exact = True
     error = ()
 
     def __post_init__(self) -> None:
