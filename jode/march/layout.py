@@ -87,7 +87,7 @@ def _aligned(march: March, kept: Kept, slots: Array, loops: Array) -> Kept:
         last, some = jnp.maximum(slots - 1, 0), slots > 0
         begun = rows.pick(control.t, own) if chapters else grid.start
         end = jnp.where(some, rows.pick(times, last), begun)
-        behind = (own < jnp.max(own))[None] | (_places(n, slots) >= slots[None])
+        behind = (own < jnp.max(own, initial=0))[None] | (_places(n, slots) >= slots[None])
         over = lambda x: (
             jnp.where(_places(x.shape[0], slots) >= slots[None], rows.pick_state(x, last)[None], x) if x.shape[0] else x
         )
@@ -98,6 +98,8 @@ def _aligned(march: March, kept: Kept, slots: Array, loops: Array) -> Kept:
         if chapters:
             later = _places(control.t.shape[0], own) > own[None]
             rest = {name: jnp.zeros_like(getattr(control, name)) for name in ("wanted", "waits") if hasattr(control, name)}
+            if getattr(control, "aim", ()) != ():
+                rest["aim"] = jnp.full_like(control.aim, -1)
             if nodes != ():
                 rest["node"] = jnp.where(later, here[None], control.node)
             stays = control._replace(

@@ -89,7 +89,7 @@ def aims(loop: Any, c: Any, window: Window, step: Any, accept: Array, control: A
     held = old._replace(
         h=jnp.where(lost, 0, width),
         wanted=old.wanted & ~lost,
-        aim=jnp.where(found, event, old.aim),
+        aim=jnp.where(lost, -1, jnp.where(found, event, old.aim)),
         tries=jnp.where(found, 0, old.tries + 1),
         room=room,
         side=side,
@@ -113,7 +113,7 @@ def moving(march: Any, problem: Problem, c: Any) -> Any:
     stays: only derivatives see it.
     """
     p = c.control
-    aimed, h = p.aim >= 0, p.h
+    aimed, h = (p.aim >= 0) & (p.h != 0), p.h
 
     def end(h: Array) -> Array:
         window = march.solver.window(march, problem, None, p._replace(h=h))
