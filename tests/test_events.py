@@ -696,3 +696,33 @@ def test_a_jump_over_zero_is_no_crossing_wherever_save_times_are(ts, solver):
     sol = jode.solve(lambda t, y, a: -0.1 + 0 * y, -0.5, ts, solver=solver, jumps=jumps, observe=jode.Event(lambda t, y, a: y))
     assert sol.observed.count == 0
     assert sol.status == jode.Status.success
+
+
+@pytest.mark.parametrize("solver", [jode.Adaptive(jode.tsit5, 1e-10, 1e-10), jode.Fixed(jode.rk4, 200)], ids=["adaptive", "fixed"])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_the_nth_crossing_may_end_a_trajectory(solver, n):
+    """cos and sin of time cross zero every half turn."""
+    f = lambda t, y, a: jnp.stack([y[1], -y[0]])
+    start = jnp.array([[0.0, 1.0], [1.0, 0.0]])
+    run = lambda y: jode.solve(f, y, (0.0, 2.0, 20.0), solver=solver, observe=jode.Event(lambda t, y, a: y[0], terminate=n))
+    sol = jax.vmap(run)(start)
+    ends = np.pi * np.array([n, n - 0.5])
+    assert (sol.status == jode.Status.event).all()
+    np.testing.assert_array_equal(sol.observed.count, [n, n])
+    np.testing.assert_allclose(sol.reached, ends, rtol=1e-6)
+    np.testing.assert_array_equal(np.isnan(sol.ys[:, 1, 0]), ends < 2)
+    slope = jax.grad(lambda y: jnp.ravel(run(y).observed.t)[n - 1])(start[0])
+    np.testing.assert_allclose(slope, [-1.0, 0.0], atol=1e-6)
+
+
+def test_a_condition_may_be_a_boolean():
+    f = lambda t, y, a: jnp.stack([y[1], -y[0]])
+    run = lambda g: jode.solve(f, jnp.array([0.5, 1.0]), (0.0, 20.0), observe=jode.Event(g))
+    number, boolean = run(lambda t, y, a: y[0]), run(lambda t, y, a: y[0] > 0)
+    np.testing.assert_allclose(boolean.observed.t, number.observed.t, rtol=1e-12)
+    assert boolean.status == jode.Status.event
+    for terminate in (-1, 1.5, None):
+        with pytest.raises(ValueError, match="terminate"):
+            jode.Event(lambda t, y, a: y[0], terminate=terminate)
+    with pytest.raises(TypeError, match="one real number"):
+        jode.solve(f, jnp.ones(2), (0.0, 1.0), observe=jode.Event(lambda t, y, a: y[0] > 0, reset=lambda t, y, a: y))

@@ -262,7 +262,7 @@ class March:
         if not self.may_end:
             return None
         sign, tables = direction(self.save_times(problem)), zip(self.plan.watches, observed, strict=True)
-        return sign * reduce(jnp.fmin, [sign * _or_nan(self.rows.number(x[0][0])) for w, x in tables if w.ends])
+        return sign * reduce(jnp.fmin, [sign * _or_nan(self.rows.number(x[0][w.ends - 1])) for w, x in tables if w.ends])
 
     @property
     def may_end(self) -> bool:

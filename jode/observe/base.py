@@ -56,7 +56,7 @@ class Watch:
     """
 
     waits: bool = False
-    ends: Any = False  # whether trajectories may end where it says so, in `over` of its carry
+    ends: Any = 0  # at which of its entries trajectories end, where it says so in `over` of its carry; 0: at none
     slopes: bool = False  # whether it needs the slopes of a step, at its end too
     resets: bool = False  # whether rows are reset where it says so
     by_row: bool = False  # whether its carry has the rows last, so that some of them may go on without the others

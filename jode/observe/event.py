@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -60,14 +60,15 @@ class Event:
     saltation). Resets that pile up end in `Status.max_steps`.
 
     g: pure, for one trajectory; a real number. direction: 1 for crossings upwards in the order of the solve, -1 downwards, 0 both.
-    terminate: whether the trajectory ends at its first crossing, with `Status.event`; states at save times after it are NaN.
+    It may be a boolean, true or false: then it has no derivatives, and no `reset`. terminate: whether the trajectory ends at its
+    first crossing, or at which one (a number), with `Status.event`; states at save times after it are NaN.
     `Fixed` marches on to the end all the same; with `reset` it has no meaning. most: how many crossings are kept. looks: how often
     a step is looked at. reset: pure, for one trajectory; the structure and shapes of y.
     """
 
     g: Callable
     direction: int = 0
-    terminate: bool = True
+    terminate: bool | int = True
     most: int = 1
     looks: int = 8
     reset: Callable | None = None
@@ -79,6 +80,8 @@ class Event:
             raise TypeError(f"Event: reset must be a function reset(t, y, args) that returns a state like y, got {self.reset!r}")
         if self.direction not in (-1, 0, 1):
             raise ValueError(f"Event: direction must be -1, 0 or 1, got {self.direction!r}")
+        if not isinstance(self.terminate, int) or self.terminate < 0:
+            raise ValueError(f"Event: terminate must be True, False or a number of crossings, got {self.terminate!r}")
         for name in ("most", "looks"):
             n = getattr(self, name)
             if not isinstance(n, int) or isinstance(n, bool) or n < 1:
@@ -87,8 +90,8 @@ class Event:
     @property
     def table(self) -> EventTable:
         if self.reset is not None:
-            return ResetTable(self.most, self.g, None, self.direction, False, self.looks, self.reset)
-        return EventTable(self.most, self.g, None, self.direction, self.terminate, self.looks)
+            return ResetTable(self.most, self.g, None, self.direction, 0, self.looks, self.reset)
+        return EventTable(max(self.most, int(self.terminate)), self.g, None, self.direction, int(self.terminate), self.looks)
 
 
 @dataclass(frozen=True)
@@ -96,30 +99,34 @@ class EventTable(Table):
     """`Event` inside the loop: an entry for each crossing."""
 
     direction: int = 0
-    terminate: bool = True
+    terminate: int = 1  # at which crossing the trajectory ends; 0: at none
     looks: int = 8
 
     refines = True
     slopes = True
 
     @property
-    def ends(self) -> bool:
+    def ends(self) -> int:
         return self.terminate
 
     def told(self, out: Layout) -> EventTable:
         one = jax.tree_util.treedef_is_leaf(out.treedef) and out.shapes == ((),)
-        if not (one and jnp.issubdtype(out.dtypes[0], jnp.floating)):
+        kinds = (jnp.floating,) if self.resets else (jnp.floating, jnp.bool_)
+        if not (one and any(jnp.issubdtype(out.dtypes[0], kind) for kind in kinds)):
+            word = "" if self.resets else ", or a boolean"
             raise TypeError(
-                f"Event: g(t, y, args) must return one real number, a floating array of shape () in no container; got {out.like}"
+                f"Event: g(t, y, args) must return one real number, a floating array of shape () in no container{word}; "
+                f"got {out.like}"
             )
-        return super().told(out)
+        return replace(self, out=out)
 
     def shapes(self, plan: Any) -> tuple:
         return (jax.ShapeDtypeStruct((1,), plan.time), *plan.layout.packed)
 
     def value(self, march: Any, t: Array, y: State, params: Any) -> Array:
         """g of every row, a column."""
-        return march.rows.number(march.seen_by(self)(t, y, params)[0]).astype(t.dtype)
+        g = march.rows.number(march.seen_by(self)(t, y, params)[0])
+        return jnp.where(g, 1, -1).astype(t.dtype) if g.dtype == bool else g.astype(t.dtype)
 
     def init(self, march: Any, problem: Problem, c: Any) -> Looked:
         filled, rows = super().init(march, problem, c), march.rows
@@ -157,11 +164,16 @@ class EventTable(Table):
             index = jnp.where(wanted, jnp.minimum(count, capacity), capacity)
             entries = tuple(rows.write(table, index, x) for table, x in zip(entries, values, strict=True))
             there = _places(n, i) == i[None]
-            return count + wanted.astype(jnp.int32), entries, left & ~there & (not self.terminate)
+            count = count + wanted.astype(jnp.int32)
+            return count, entries, left & ~there & ~self._last(count)[None]
 
         count, entries, _ = march.runner.until(lambda c: ~jnp.any(c[2]), one, (carry.count, carry.entries, crossed))
-        over = carry.over | (jnp.any(crossed, axis=0) & self.terminate)
+        over = carry.over | self._last(count)
         return Looked(count, entries, over, jnp.where(taken, signs[-1], carry.side), jnp.where(taken, rests, carry.fresh))
+
+    def _last(self, count: Array) -> Array:
+        """Whether the trajectory ends at the last of so many crossings."""
+        return (count >= self.terminate) & (self.terminate > 0)
 
     def _turned(self, before: Array, after: Array) -> Array:
         """Whether g crosses zero in the direction that counts, by its signs before and after."""
