@@ -266,7 +266,8 @@ def test_narrowest_steps_are_those_of_every_batch_and_of_the_way_back(stops):
     many, few = (jax.vmap(lambda y: jode.solve(f, y, ts, solver=solver, stops=stops))(y) for y in (y0, y0[::100]))
     assert (many.status == jode.Status.success).all()
     assert int(many.stats.steps.min()) > 500
-    np.testing.assert_allclose(many.ys[::100], few.ys, rtol=1e-6)
+    rounding = 20 * 100 * float(jnp.finfo(jnp.float32).eps)  # of twenty narrowest steps, which may lie elsewhere in another batch
+    np.testing.assert_allclose(many.ys[::100], few.ys, rtol=0, atol=rounding * 11)
     slope = jax.vmap(jax.grad(lambda y: jode.odeint(f, y, ts, solver=solver, stops=stops)[-1, 0]))(y0[::100])
     np.testing.assert_allclose(slope, np.exp(-3.0), rtol=1e-5)
 

@@ -592,12 +592,11 @@ def test_a_crossing_at_a_stop_or_a_jump_is_found_once(solver):
     assert hit.t[1] > 1.0 or hit.count == 1
 
 
-@pytest.mark.parametrize("wrong", ["pair", "vector", "bool", "int", "nothing", "complex", "dict"])
+@pytest.mark.parametrize("wrong", ["pair", "vector", "int", "nothing", "complex", "dict"])
 def test_g_of_an_event_is_one_real_number(wrong):
     g = {
         "pair": lambda t, y, a: (y,),
         "vector": lambda t, y, a: y[None],
-        "bool": lambda t, y, a: y > 0,
         "int": lambda t, y, a: 1,
         "nothing": lambda t, y, a: None,
         "complex": lambda t, y, a: jax.lax.complex(y, y),

@@ -96,14 +96,14 @@ def test_the_program_of_a_fixed_step_solve_is_small():
 
 def test_the_programs_of_an_adaptive_solve_are_small():
     """Lines of StableHLO of Tsit5 on two components: diffrax takes 1,064 and for the gradient 2,359, a plain loop 451 and 1,178. 100
-    of jode's tell whether a solve that ran out of steps is stiff, or its f noisy, 60 what the narrowest step may err by, and 47 of
+    of jode's tell whether a solve that ran out of steps is stiff, or its f noisy, 60 what the narrowest step may err by, and 52 of
     the gradient's that all operands of its functions are used.
     """
     f = lambda t, y, a: jnp.stack([a[0] * y[0] - a[1] * y[0] * y[1], -a[2] * y[1] + a[3] * y[0] * y[1]])
     loss = lambda y, a: jnp.sum(jode.odeint(f, y, (0.0, 1.0), a, solver=jode.Adaptive(jode.tsit5, 1e-6, 1e-6))[-1] ** 2)
     lines = [len(jax.jit(g).lower(jnp.ones(2), jnp.ones(4)).as_text().splitlines()) for g in (loss, jax.grad(loss, 1))]
     assert lines[0] < 650 + 160
-    assert lines[1] < 1450 + 107
+    assert lines[1] < 1450 + 112
 
 
 @pytest.mark.parametrize("mode", ["disable_jit", "checking_leaks"])

@@ -219,9 +219,15 @@ def test_who_looks_for_nans_is_told_the_operation(solver):
 BRANCHES = {
     "adaptive": lambda n: {"solver": jode.Adaptive(jode.tsit5, 1e-8, 1e-8)},
     "chapters": lambda n: {"solver": jode.Adaptive(jode.bosh3, 1e-10, 1e-10)},
-    "jumps": lambda n: {"solver": jode.Adaptive(jode.tsit5, 1e-8, 1e-8), "jumps": (jnp.array([0.3, 0.9]), lambda t, y, k: y + k)},
+    "jumps": lambda n: {
+        "solver": jode.Adaptive(jode.tsit5, 1e-8, 1e-8),
+        "jumps": (jnp.array([0.3, 0.9]), lambda t, y, k: y * y + k),
+    },
     "fixed": lambda n: {"solver": jode.Fixed(jode.rk4, n, max_steps=8)},
-    "fixed jumps": lambda n: {"solver": jode.Fixed(jode.rk4, n, max_steps=8), "jumps": (jnp.array([0.3]), lambda t, y, k: y + k)},
+    "fixed jumps": lambda n: {
+        "solver": jode.Fixed(jode.rk4, n, max_steps=8),
+        "jumps": (jnp.array([0.3]), lambda t, y, k: k * y * y),
+    },
 }
 
 

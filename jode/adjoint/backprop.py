@@ -62,7 +62,16 @@ class Backprop(Discrete):
         return _recompute(march, problem, kept, march.plan.most if checkpoints is None else checkpoints)
 
     def storage(self, plan: Plan, rows: int) -> int | None:
-        """How many states to keep; None where every step's is kept by the march itself."""
+        """How many states to keep; None where every step's is kept by the march itself.
+
+        Rows that take fewer steps between stops than others are reset after they stood still: with states that a march which took
+        fewer steps did not keep, so they are computed again.
+        """
+        kept = self._storage(plan, rows)
+        stands = plan.solver.lands and plan.solver.marked and plan.steps is None
+        return plan.most if kept is None and stands else kept
+
+    def _storage(self, plan: Plan, rows: int) -> int | None:
         most = plan.most if plan.solver.lands else _slots(plan, rows)
         if self.checkpoints == AUTO:
             checkpoints = max(16, BUDGET // max(1, plan.layout.nbytes * plan.solver.method.parts * rows))

@@ -39,7 +39,7 @@ def pull(
     window = solver.limited(march, problem, grid, i, march.window(problem, t, h, i if solver.lands else None))
     sbar, left, slopes_bar = c.s, c.left, None
     s = _sound(march, problem, grid, good[q] if solver.lands else good[0], g, t, s, start)
-    if solver.lands and window.still is not None:
+    if solver.lands and not solver.marked and window.still is not None:
         s = where(window.still, start, s)  # rows of another batch, which had fewer slots, have no state there
     K, pull = march.method.pullback(window, s, march.needs_slopes, march.rolled)
     s1 = march.method.step(window, s).state if solver.marked or march.plan.watches else ()
