@@ -98,7 +98,7 @@ def _aligned(march: March, kept: Kept, slots: Array, loops: Array) -> Kept:
         if chapters:
             later = _places(control.t.shape[0], own) > own[None]
             rest = {name: jnp.zeros_like(getattr(control, name)) for name in ("wanted", "waits") if hasattr(control, name)}
-            if getattr(control, "aim", ()) != ():
+            if march.resetting:
                 rest["aim"] = jnp.full_like(control.aim, -1)
             if nodes != ():
                 rest["node"] = jnp.where(later, here[None], control.node)
