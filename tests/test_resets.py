@@ -119,6 +119,18 @@ def test_every_observer_sees_both_sides_of_a_bounce():
     close(jax.vmap(jax.grad(loss))(rows), jnp.stack([jax.grad(loss)(p) for p in rows]), rtol=1e-9)
 
 
+def test_what_is_saved_at_a_bounce_is_before_it():
+    """Also at the end, where it counts and does not reset."""
+    down = lambda p, n: jnp.array([0.0, -1.0]) * jnp.sqrt(2 * p[0] * p[1]) * p[2] ** (n - 1)
+    for e in (0.9, 0.8, 0.85):
+        p = BALL.at[2].set(e)
+        ts = jnp.concatenate([jnp.zeros(1), bounces(p, 3)])
+        sol = ball(p, ts, solver=jode.Adaptive(jode.dopri8, 1e-12, 1e-12))
+        assert sol.status == jode.Status.success
+        assert sol.observed.count == 3
+        close(sol.ys[1:], jnp.stack([down(p, n) for n in (1, 2, 3)]), atol=1e-10)
+
+
 def test_backwards_in_time_a_ball_gains_speed():
     """From its state after three bounces back to the start, with the inverse reset."""
     e = BALL[2]

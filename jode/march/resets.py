@@ -23,6 +23,7 @@ from jax import Array
 
 from jode.control.adaptive import direction
 from jode.observe import Seen
+from jode.observe.base import rounding
 from jode.observe.event import zero_of
 from jode.observe.record import node_of
 from jode.tree import State, where
@@ -50,11 +51,13 @@ def happens(code: Array, k: int, n: int) -> Array:
 
 
 def reset_at(march: Any, problem: Problem, code: Array, t: Array, s: State) -> State:
-    """The method's state after the resets of a node at t, from that before it."""
+    """The method's state after the resets of a node at t, from that before it. At the end, to rounding, there is none."""
     n, method, y = len(march.resetting), march.method, march.method.read(s)
+    ts = march.save_times(problem)
+    before = jnp.abs(t - ts[-1]) > rounding(method, ts)
     for k, _ in enumerate(march.resetting):
-        y = where(happens(code, k, n), march.resets[k](t, y, problem.params), y)
-    return where(code <= -2, method.start(y, lambda: march.F(t, y, problem.params)), s)
+        y = where(happens(code, k, n) & before, march.resets[k](t, y, problem.params), y)
+    return where((code <= -2) & before, method.start(y, lambda: march.F(t, y, problem.params)), s)
 
 
 def aims(loop: Any, c: Any, window: Window, step: Any, accept: Array, control: Any) -> tuple[Array, Any]:

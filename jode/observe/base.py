@@ -102,10 +102,10 @@ def rounding(method: Any, ts: Array) -> Array:
 
 
 def slack(march: Any, ts: Array) -> Any:
-    """How far behind the end of a step times are looked for: where an event may end a row, to rounding, what is at its time is
-    before it.
+    """How far behind the end of a step times are looked for: where an event may end or reset a row, to rounding, what is at its
+    time is before it.
     """
-    return rounding(march.method, ts) if march.may_end else 0.0
+    return rounding(march.method, ts) if march.may_end or march.resetting else 0.0
 
 
 def within(problem: Problem, t: Array, a: Array, h: Array, sign: Array, slack: Any) -> Array:
